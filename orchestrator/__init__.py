@@ -1,0 +1,1 @@
+"""What to do, in which order, and what it means: sweep file, plan, driver, results, report, CLI."""

@@ -1,0 +1,24 @@
+"""Errors a user can mend. What the driver does about each class is the driver's business."""
+
+
+class InvalidInput(Exception):
+    """Bad input, configuration or data: trying again cannot help.
+
+    Args:
+        problem: what is wrong, in one sentence.
+        where: the dotted path in the sweep file, or a file and line.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, problem: str, where: str = "", remedy: str = "") -> None:
+        super().__init__(problem, where, remedy)
+        self.problem, self.where, self.remedy = problem, where, remedy
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        mend = f" ({self.remedy})" if self.remedy else ""
+        return f"{place}{self.problem}{mend}"
+
+
+class NotFinite(InvalidInput):
+    """A loss, a distance or a weight became NaN or infinite; names the step, layer or sample."""
