@@ -1,0 +1,259 @@
+"""The command line: `layersweep`. Parses, prints, and sets the exit status; the work is elsewhere.
+
+Exit status: 0 all done, 1 some stage failed, 2 usage or configuration, 3 another driver holds the
+run, 130 interrupted.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from orchestrator.graph import Plan
+    from orchestrator.reuse import Assessment
+    from orchestrator.store import Store
+    from orchestrator.sweep import Sweep
+
+app = typer.Typer(
+    name="layersweep",
+    help="How much of a SpeechLLM's decoder do you need? Plan, run and read pruning sweeps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name (or its folder), as in runs/RUN.")
+]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of artefacts.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Change one setting of the sweep; repeatable."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: auto or host:port; without it Ray starts on this machine."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _out() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1))  # noqa: T201 - machine-readable output
+
+
+def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[Any, ...]:
+    from orchestrator.plan import build_plan
+    from orchestrator.sources import DigestCache
+    from orchestrator.store import Store
+    from orchestrator.sweep import load_sweep
+
+    sweep = load_sweep(sweep_file, overrides or ())
+    opened = Store(store)
+    base = sweep_file.absolute().parent
+    plan = build_plan(sweep, base, DigestCache(opened.root / "digests.json"))
+    return sweep, opened, base, plan
+
+
+@app.command()
+def plan(
+    sweep_file: SweepFile,
+    store: StoreFolder = Path("store"),
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="List every stage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a sweep would run, what is reused, and why. Runs nothing."""
+    from orchestrator.reuse import assess
+
+    sweep, opened, _, laid_out = _load(sweep_file, store, overrides)
+    assessment = assess(laid_out, opened)
+    if as_json:
+        _print_json(
+            {
+                "sweep": sweep.name,
+                "stages": [
+                    {
+                        "id": node.id,
+                        "kind": node.kind,
+                        "key": laid_out.key(node.id),
+                        "block": node.params.get("block"),
+                        "verdict": assessment.verdicts[node.id],
+                        "reason": assessment.reasons[node.id],
+                        "needs": sorted(node.dependencies()),
+                    }
+                    for node in laid_out.nodes.values()
+                ],
+            }
+        )
+        return
+    _show_plan(sweep, opened, laid_out, assessment, every)
+
+
+def _show_plan(
+    sweep: "Sweep", store: "Store", laid_out: "Plan", assessment: "Assessment", every: bool
+) -> None:
+    out = _out()
+    out.print(
+        f"Sweep {sweep.name}: {len(sweep.models)} decoder(s) x {len(sweep.encoders)} encoder(s) x "
+        f"{len(sweep.conditions())} conditions x depths {', '.join(map(str, sweep.depths))}"
+    )
+    for entry in (*sweep.models, *sweep.encoders):
+        if entry.trust_remote_code:
+            out.print(f"[bold]Runs code from the hub repository of {entry.name}.[/bold]")
+    table = Table(box=None, pad_edge=False)
+    verdicts = ("run", "reuse", "undetermined", "unneeded")
+    table.add_column("stage")
+    for verdict in verdicts:
+        table.add_column(verdict, justify="right")
+    kinds = list(dict.fromkeys(node.kind for node in laid_out.nodes.values()))
+    for kind in kinds:
+        ids = [node.id for node in laid_out.by_kind(kind)]
+        counts = [sum(assessment.verdicts[i] == v for i in ids) for v in verdicts]
+        table.add_row(kind, *(str(n) if n else "-" for n in counts))
+    total = [assessment.count(verdict) for verdict in verdicts]  # type: ignore[arg-type]
+    table.add_row("all", *(str(n) if n else "-" for n in total))
+    out.print(table)
+    if total[2]:
+        out.print("undetermined: their block is chosen from maps that are still to be made")
+    if total[3]:
+        out.print("unneeded: not in the store, but all that would need them is")
+    seconds = sum(
+        node.cost
+        for node in laid_out.nodes.values()
+        if assessment.verdicts[node.id] in ("run", "undetermined")
+    )
+    if seconds:
+        out.print(f"Roughly {max(1, round(seconds / 60))} job-minutes to run. Store: {store.root}")
+    else:
+        out.print(f"Nothing to run: all of it is in {store.root}")
+    if every:
+        for node in laid_out.nodes.values():
+            out.print(
+                f"{assessment.verdicts[node.id]:13}{node.id}  ({assessment.reasons[node.id]})",
+                markup=False,
+            )
+
+
+@app.command()
+def run(
+    sweep_file: SweepFile,
+    address: Address = None,
+    store: StoreFolder = Path("store"),
+    overrides: Overrides = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPU slots of the embedded cluster.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a sweep, or resume it: what is in the store is not done again."""
+    from orchestrator.execute import execute
+
+    sweep, opened, base, laid_out = _load(sweep_file, store, overrides)
+    result = execute(
+        sweep, opened, base, laid_out, address=address, cpus=cpus, plain=as_json, console=_out()
+    )
+    if as_json:
+        _print_json(result.data)
+    raise typer.Exit(result.status)
+
+
+@app.command()
+def status(run_name: RunName, as_json: AsJson = False) -> None:
+    """Show how far a run is: stages by state, what runs now, what failed and why."""
+    from orchestrator.runs import RunFolder
+    from orchestrator.watch import status_data, status_table
+
+    folder = RunFolder.existing(run_name)
+    data = status_data(folder)
+    if as_json:
+        _print_json(data)
+    else:
+        status_table(data, _out())
+
+
+@app.command()
+def logs(
+    run_name: RunName,
+    stage: Annotated[
+        str | None, typer.Argument(metavar="[STAGE]", help="A stage's id, or a part of it.")
+    ] = None,
+) -> None:
+    """Print a run's journal, or the log of one stage's newest attempt."""
+    from orchestrator.runs import RunFolder
+    from orchestrator.watch import journal_lines, stage_log
+
+    folder = RunFolder.existing(run_name)
+    lines = journal_lines(folder) if stage is None else stage_log(folder, stage)
+    for line in lines:
+        print(line)  # noqa: T201 - a log is printed as it is
+
+
+@app.command()
+def report(run_name: RunName, as_json: AsJson = False) -> None:
+    """Build a run's report from the store, finished or not: HTML, Markdown, Parquet and CSV."""
+    from orchestrator.execute import write_report
+    from orchestrator.runs import RunFolder
+
+    folder = RunFolder.existing(run_name)
+    page = write_report(folder)
+    if as_json:
+        _print_json({"report": str(page)})
+    else:
+        print(page)  # noqa: T201 - the path alone, so that it can be piped
+
+
+@app.command()
+def doctor(
+    address: Address = None, store: StoreFolder = Path("store"), as_json: AsJson = False
+) -> None:
+    """Check this machine: packages, GPUs, Ray, the store, the hub; says how to mend what is not."""
+    from orchestrator.doctor import examine
+
+    findings = examine(address, store)
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.state:5} {finding.what}: {finding.found}")  # noqa: T201
+            if finding.remedy:
+                print(f"      -> {finding.remedy}")  # noqa: T201
+    raise typer.Exit(1 if any(finding.state == "fail" for finding in findings) else 0)
+
+
+def main() -> None:
+    """Entry point: turns errors a user can mend into one message and an exit status."""
+    from cluster.connection import ClusterUnreachable
+    from orchestrator.runs import RunHeld
+    from workers.errors import InvalidInput
+
+    try:
+        app()
+    except InvalidInput as error:
+        _complain(str(error), 2)
+    except ClusterUnreachable as error:
+        _complain(f"{error}; `layersweep doctor` says more", 2)
+    except RunHeld as error:
+        _complain(str(error), 3)
+    except KeyboardInterrupt:
+        _complain("interrupted", 130)
+
+
+def _complain(message: str, status: int) -> None:
+    for line in message.splitlines():
+        print(f"layersweep: {line}", file=sys.stderr)  # noqa: T201
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

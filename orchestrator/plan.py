@@ -1,0 +1,585 @@
+"""From a sweep to a plan: which stages, on what, with what shared.
+
+Every refusal that needs no job to run happens here, with the path of the key in the sweep file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.graph import Choice, Node, Plan
+from orchestrator.sources import (
+    DigestCache,
+    Source,
+    decoder_layers,
+    manifest_source,
+    model_source,
+)
+from orchestrator.sweep import EncoderEntry, ModelEntry, SelectorEntry, Sweep, TaskEntry, TestSet
+from workers.config import Condition, HealMode
+from workers.errors import InvalidInput
+from workers.lab.catalogue import SPEECH_LANGUAGES, LabItem, lab_item
+from workers.manifest import Utterance
+
+LAB_SEED = 0
+LAB_SPLITS = ("train", "dev", "test", "ood")
+TRAINED: dict[HealMode, tuple[str, ...]] = {
+    "none": (),
+    "projector": ("projector",),
+    "decoder": ("decoder",),
+    "joint": ("decoder", "projector"),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One split of one language's data: a build stage's split or a manifest."""
+
+    node: str | None
+    source: Source | None
+    split: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A sweep's decoder, found."""
+
+    entry: ModelEntry
+    node: str | None
+    source: Source | None
+    layers: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One condition with its data."""
+
+    condition: Condition
+    train: Corpus
+    dev: Corpus
+    tests: tuple[tuple[TestSet, Corpus], ...]
+
+
+def build_plan(sweep: Sweep, base: Path, digests: DigestCache) -> Plan:
+    """Lay out every stage of a sweep.
+
+    Args:
+        sweep: what the user asked for.
+        base: folder that relative paths in the sweep start from.
+        digests: remembered digests of local files.
+
+    Raises:
+        InvalidInput: missing folders or data, a depth the decoder does not have, a language the
+            data does not have; with the dotted path of the key.
+    """
+    plan = _Layout(sweep, base, digests).lay_out()
+    digests.save()
+    return plan
+
+
+class _Layout:
+    def __init__(self, sweep: Sweep, base: Path, digests: DigestCache) -> None:
+        self.sweep, self.base, self.digests = sweep, base, digests
+        self.nodes: dict[str, Node] = {}
+        self.manifests: dict[tuple[str, str], Source] = {}
+
+    def lay_out(self) -> Plan:
+        decoders = [
+            self._decoder(entry, f"sweep.models[{i}]") for i, entry in enumerate(self.sweep.models)
+        ]
+        cells = [
+            cell
+            for i, entry in enumerate(self.sweep.tasks)
+            for cell in self._cells(entry, f"sweep.tasks[{i}]")
+        ]
+        encoders = [
+            (entry, *self._encoder(entry, f"sweep.encoders[{i}]"))
+            for i, entry in enumerate(self.sweep.encoders)
+        ]
+        for decoder in decoders:
+            self._model(decoder, encoders, cells)
+        return Plan(self.sweep.name, self.nodes)
+
+    # --- what a sweep names ----------------------------------------------------------------
+
+    def _add(self, node: Node) -> str:
+        self.nodes.setdefault(node.id, node)
+        return node.id
+
+    def _build(self, item: LabItem, **params: Any) -> str:
+        language = params.get("language")
+        inputs = {}
+        if item.role == "encoder":
+            data = lab_item(
+                "lab:speech" if item.size == "full" else "lab:speech-tiny", "data", item.name
+            )
+            inputs = {code: self._build(data, language=code) for code in SPEECH_LANGUAGES}
+        name = item.name.removeprefix("lab:")
+        return self._add(
+            Node(
+                id=f"build/{name}/{language}" if language else f"build/{name}",
+                kind="build",
+                params={"name": item.name, "seed": LAB_SEED, **params},
+                inputs=inputs,
+                cost=item.cost_seconds,
+            )
+        )
+
+    def _decoder(self, entry: ModelEntry, where: str) -> Decoder:
+        if entry.decoder.startswith("lab:"):
+            item = lab_item(entry.decoder, "decoder", f"{where}.decoder")
+            assert item.layers is not None
+            found = Decoder(entry, self._build(item), None, item.layers)
+        else:
+            source = model_source(
+                entry.decoder, entry.revision, self.base, f"{where}.decoder", self.digests
+            )
+            layers = decoder_layers(source, f"{where}.decoder")
+            found = Decoder(entry, None, source, layers)
+        for i, depth in enumerate(self.sweep.depths):
+            if depth >= found.layers:
+                raise InvalidInput(
+                    f"cannot remove {depth} layers: {entry.name} has {found.layers}",
+                    f"sweep.depths[{i}]",
+                    f"the largest depth is {found.layers - 1}",
+                )
+        for i, selector in enumerate(self.sweep.selectors):
+            deepest = self.sweep.depths[-1]
+            if selector.start is not None and selector.start + deepest > found.layers:
+                raise InvalidInput(
+                    f"{deepest} layers from layer {selector.start} reach past the last of "
+                    f"{entry.name}'s {found.layers} layers",
+                    f"sweep.selectors[{i}].start",
+                    f"the largest start at depth {deepest} is {found.layers - deepest}",
+                )
+        return found
+
+    def _encoder(self, entry: EncoderEntry, where: str) -> tuple[str | None, Source | None]:
+        if entry.encoder.startswith("lab:"):
+            return self._build(lab_item(entry.encoder, "encoder", f"{where}.encoder")), None
+        return None, model_source(
+            entry.encoder, entry.revision, self.base, f"{where}.encoder", self.digests
+        )
+
+    def _cells(self, entry: TaskEntry, where: str) -> list[Cell]:
+        cells = []
+        for code in entry.languages:
+            condition = Condition(
+                task=entry.task, source_language=code, target_language=entry.target_language
+            )
+            if entry.data is not None:
+                name = entry.data
+                train, dev = f"{name}/train", f"{name}/dev"
+                tests = [
+                    TestSet(name="test", data=f"{name}/test"),
+                    TestSet(name="ood", data=f"{name}/ood", in_domain=False),
+                ]
+                places = [f"{where}.data"] * 4
+            else:
+                assert entry.train is not None
+                assert entry.dev is not None
+                assert entry.test is not None
+                train, dev, tests = entry.train, entry.dev, entry.test
+                places = [f"{where}.train", f"{where}.dev"]
+                places += [f"{where}.test[{i}].data" for i in range(len(tests))]
+            corpora = [
+                self._corpus(reference.replace("{language}", code), condition, place)
+                for reference, place in zip(
+                    [train, dev, *(t.data for t in tests)], places, strict=True
+                )
+            ]
+            cells.append(
+                Cell(
+                    condition,
+                    corpora[0],
+                    corpora[1],
+                    tuple(zip(tests, corpora[2:], strict=True)),
+                )
+            )
+        return cells
+
+    def _corpus(self, reference: str, condition: Condition, where: str) -> Corpus:
+        language, target = condition.source_language, condition.target_language
+        if reference.startswith("lab:"):
+            name, _, split = reference.partition("/")
+            item = lab_item(name, "data", where)
+            if split not in LAB_SPLITS:
+                raise InvalidInput(
+                    f"{name} has no split {split or '(none given)'}",
+                    where,
+                    f"one of: {', '.join(LAB_SPLITS)}",
+                )
+            for code in (language, target):
+                if code is not None and code not in SPEECH_LANGUAGES:
+                    raise InvalidInput(
+                        f"{name} does not have language {code}",
+                        f"{where.rpartition('.')[0]}.language",
+                        f"it has: {', '.join(SPEECH_LANGUAGES)}",
+                    )
+            node = self._build(item, language=language)
+            return Corpus(node, None, split, f"{name.removeprefix('lab:')}.{language}.{split}")
+        known = self.manifests.get((reference, condition.label))
+        if known is None:
+
+            def check(utterance: Utterance) -> None:
+                if target is not None and utterance.translation(target) is None:
+                    raise InvalidInput(
+                        f"utterance {utterance.id!r} of {reference} has no translation",
+                        where,
+                        f"add a field translation or text_{target} to every line",
+                    )
+
+            known = manifest_source(reference, self.base, where, self.digests, check)
+            self.manifests[reference, condition.label] = known
+        digest = known.fingerprint.partition(":")[2][:8]
+        return Corpus(None, known, None, f"{Path(reference).stem}.{digest}")
+
+    # --- what is done with it --------------------------------------------------------------
+
+    def _features(
+        self, entry: EncoderEntry, node: str | None, source: Source | None, corpus: Corpus
+    ) -> str:
+        inputs, sources = _ports(("encoder", node, source), ("data", corpus.node, corpus.source))
+        return self._add(
+            Node(
+                id=f"encode/{entry.name}/{corpus.label}",
+                kind="encode",
+                params={
+                    "split": corpus.split,
+                    "dtype": entry.dtype,
+                    "trust_remote_code": entry.trust_remote_code,
+                },
+                inputs=inputs,
+                sources=sources,
+                cost=5.0,
+            )
+        )
+
+    def _model(
+        self,
+        decoder: Decoder,
+        encoders: Sequence[tuple[EncoderEntry, str | None, Source | None]],
+        cells: Sequence[Cell],
+    ) -> None:
+        """All stages of one decoder."""
+        sweep = self.sweep
+        if sweep.maps.text:
+            for cell in cells:
+                self._map(decoder, None, cell, "text", None, None)
+        speech_maps: dict[tuple[str, str], str] = {}
+        bases: dict[tuple[str, str], str] = {}
+        features: dict[tuple[str, str], str] = {}
+        for entry, node, source in encoders:
+            for cell in cells:
+                for corpus in (cell.train, cell.dev, *(c for _, c in cell.tests)):
+                    features[entry.name, corpus.label] = self._features(
+                        entry, node, source, corpus
+                    )
+            groups = [list(cells)] if sweep.share.base else [[cell] for cell in cells]
+            for group in groups:
+                base = self._adapt(decoder, entry, group, features)
+                for cell in group:
+                    label = cell.condition.label
+                    bases[entry.name, label] = base
+                    if sweep.maps.text:
+                        self._map(decoder, entry, cell, "text", base, None)
+                    speech_maps[entry.name, label] = self._map(
+                        decoder,
+                        entry,
+                        cell,
+                        "speech",
+                        base,
+                        features[entry.name, cell.dev.label],
+                    )
+        for entry, _, _ in encoders:
+            groups = [list(cells)] if sweep.share.heal else [[cell] for cell in cells]
+            for group in groups:
+                base = bases[entry.name, group[0].condition.label]
+                self._heals(decoder, entry, group, base, speech_maps, features)
+
+    def _conditions(
+        self,
+        entry: EncoderEntry,
+        group: Sequence[Cell],
+        features: dict[tuple[str, str], str],
+    ) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, Source]]:
+        """Training conditions of a group as params, with the inputs they name."""
+        listed, inputs, sources = [], {}, {}
+        roles: dict[str, str] = {}
+        for cell in group:
+            corpus = cell.train
+            number = roles.setdefault(corpus.label, str(len(roles)))
+            ported = _ports(
+                (f"data{number}", corpus.node, corpus.source),
+                (f"features{number}", features[entry.name, corpus.label], None),
+            )
+            inputs.update(ported[0])
+            sources.update(ported[1])
+            listed.append(
+                {
+                    **cell.condition.model_dump(),
+                    "data": f"data{number}",
+                    "features": f"features{number}",
+                    "split": corpus.split,
+                }
+            )
+        return listed, inputs, sources
+
+    def _decoder_params(self, decoder: Decoder) -> dict[str, Any]:
+        return {
+            "dtype": decoder.entry.dtype,
+            "trust_remote_code": decoder.entry.trust_remote_code,
+        }
+
+    def _adapt(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry,
+        group: Sequence[Cell],
+        features: dict[tuple[str, str], str],
+    ) -> str:
+        conditions, inputs, sources = self._conditions(entry, group, features)
+        ported = _ports(("decoder", decoder.node, decoder.source))
+        what = "all" if self.sweep.share.base else group[0].condition.label
+        return self._add(
+            Node(
+                id=f"adapt/{decoder.entry.name}+{entry.name}/{what}",
+                kind="adapt",
+                params={
+                    "decoder": self._decoder_params(decoder),
+                    "projector": entry.projector.model_dump(),
+                    "prompts": self.sweep.prompts.model_dump(),
+                    "settings": self.sweep.adapt.model_dump(),
+                    "conditions": conditions,
+                },
+                inputs={**inputs, **ported[0]},
+                sources={**sources, **ported[1]},
+                base=_identity(decoder),
+                cost=self.sweep.adapt.steps * 0.25,
+            )
+        )
+
+    def _map(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry | None,
+        cell: Cell,
+        modality: str,
+        base: str | None,
+        features: str | None,
+    ) -> str:
+        ported = _ports(
+            ("decoder", decoder.node, decoder.source),
+            ("data", cell.dev.node, cell.dev.source),
+        )
+        inputs, sources = ported
+        if base is not None:
+            inputs["base"] = base
+        if features is not None:
+            inputs["features"] = features
+        condition = cell.condition
+        settings = self.sweep.maps.model_dump(include={"samples", "batch_size", "pools"})
+        settings["pools"] = list(settings["pools"])
+        who = decoder.entry.name if entry is None else f"{decoder.entry.name}+{entry.name}"
+        return self._add(
+            Node(
+                id=f"map/{who}/{condition.label}/{modality}",
+                kind="map",
+                params={
+                    "decoder": self._decoder_params(decoder),
+                    "condition": condition.model_dump(),
+                    "modality": modality,
+                    "split": cell.dev.split,
+                    "settings": settings,
+                    # With a base, its prompts count, and they are part of its key.
+                    "prompts": None if base else self.sweep.prompts.model_dump(),
+                },
+                inputs=inputs,
+                sources=sources,
+                base=_identity(decoder),
+                cell={
+                    "model": decoder.entry.name,
+                    "encoder": entry.name if entry else None,
+                    **_labels(condition),
+                    "modality": modality,
+                    "adapted": base is not None,
+                    "layers": decoder.layers,
+                },
+                cost=2.0,
+            )
+        )
+
+    def _heals(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry,
+        group: Sequence[Cell],
+        base: str,
+        speech_maps: dict[tuple[str, str], str],
+        features: dict[tuple[str, str], str],
+    ) -> None:
+        sweep = self.sweep
+        own = tuple(speech_maps[entry.name, cell.condition.label] for cell in group)
+        for depth in sweep.depths:
+            for selector in sweep.selectors if depth else [None]:
+                for mode in sweep.heal.modes:
+                    for seed in sweep.seeds:
+                        random_block = selector is not None and selector.selector == "random"
+                        if mode == "none" and not random_block and seed != sweep.seeds[0]:
+                            continue  # nothing in it depends on a seed
+                        choice = None
+                        if selector is not None:
+                            maps = {
+                                "own": own,
+                                "consensus": tuple(speech_maps.values()),
+                            }.get(selector.selector, ())
+                            choice = self._choice(selector, depth, decoder.layers, maps, seed)
+                        shown_seed = None if mode == "none" and not random_block else seed
+                        self._heal(
+                            decoder, entry, group, base, features, depth, choice, selector, mode,
+                            seed, shown_seed,
+                        )  # fmt: skip
+
+    def _choice(
+        self,
+        selector: SelectorEntry,
+        depth: int,
+        layers: int,
+        maps: tuple[str, ...],
+        seed: int,
+    ) -> Choice:
+        return Choice(
+            selector=selector.selector,
+            depth=depth,
+            pool=self.sweep.maps.pool,
+            layers=layers,
+            maps=maps,
+            start=selector.start,
+            seed=seed,
+        )
+
+    def _heal(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry,
+        group: Sequence[Cell],
+        base: str,
+        features: dict[tuple[str, str], str],
+        depth: int,
+        choice: Choice | None,
+        selector: SelectorEntry | None,
+        mode: HealMode,
+        seed: int,
+        shown_seed: int | None,
+    ) -> None:
+        sweep = self.sweep
+        params: dict[str, Any] = {
+            "decoder": self._decoder_params(decoder),
+            "mode": mode,
+            "block": None,
+        }
+        inputs, sources = _ports(("decoder", decoder.node, decoder.source))
+        inputs["base"] = base
+        cost = 0.5
+        if TRAINED[mode]:
+            conditions, more_inputs, more_sources = self._conditions(entry, group, features)
+            inputs.update(more_inputs)
+            sources.update(more_sources)
+            params |= {
+                "settings": sweep.heal.model_dump(exclude={"modes"}),
+                "seed": seed,
+                "conditions": conditions,
+            }
+            cost = sweep.heal.steps * 0.25
+        what = "all" if sweep.share.heal else group[0].condition.label
+        who = f"{decoder.entry.name}+{entry.name}/{what}"
+        chosen = f"{selector.label}/d{depth}" if selector else "d0"
+        tail = f"{chosen}/{mode}" + ("" if shown_seed is None else f"/s{shown_seed}")
+        heal = self._add(
+            Node(
+                id=f"heal/{who}/{tail}",
+                kind="heal",
+                params=params,
+                inputs=inputs,
+                sources=sources,
+                choice=choice,
+                base=_identity(decoder),
+                cost=cost,
+            )
+        )
+        for cell in group:
+            for test, corpus in cell.tests:
+                self._evaluate(
+                    decoder, entry, cell.condition, test, corpus, heal,
+                    features[entry.name, corpus.label], tail,
+                    {
+                        "selector": selector.label if selector else None,
+                        "depth": depth,
+                        "heal": mode,
+                        "seed": shown_seed,
+                    },
+                )  # fmt: skip
+
+    def _evaluate(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry,
+        condition: Condition,
+        test: TestSet,
+        corpus: Corpus,
+        heal: str,
+        features: str,
+        tail: str,
+        labels: dict[str, Any],
+    ) -> None:
+        inputs, sources = _ports(
+            ("decoder", decoder.node, decoder.source), ("data", corpus.node, corpus.source)
+        )
+        inputs |= {"model": heal, "features": features}
+        self._add(
+            Node(
+                id=f"evaluate/{decoder.entry.name}+{entry.name}/{condition.label}/{test.name}/{tail}",
+                kind="evaluate",
+                params={
+                    "decoder": self._decoder_params(decoder),
+                    "condition": condition.model_dump(),
+                    "split": corpus.split,
+                    "settings": self.sweep.evaluate.model_dump(),
+                },
+                inputs=inputs,
+                sources=sources,
+                base=_identity(decoder),
+                cell={
+                    "model": decoder.entry.name,
+                    "encoder": entry.name,
+                    **_labels(condition),
+                    "test_set": test.name,
+                    "in_domain": test.in_domain,
+                    "layers": decoder.layers,
+                    **labels,
+                },
+                cost=0.5,
+            )
+        )
+
+
+def _labels(condition: Condition) -> dict[str, Any]:
+    return condition.model_dump()
+
+
+def _identity(decoder: Decoder) -> str:
+    if decoder.node is not None:
+        return f"{decoder.node}:{decoder.entry.dtype}"
+    assert decoder.source is not None
+    return f"{decoder.source.fingerprint}:{decoder.entry.dtype}"
+
+
+def _ports(
+    *roles: tuple[str, str | None, Source | None],
+) -> tuple[dict[str, str], dict[str, Source]]:
+    """Inputs and sources of a node, from (role, node id or None, source or None)."""
+    inputs = {role: node for role, node, _ in roles if node is not None}
+    sources = {role: source for role, node, source in roles if node is None and source is not None}
+    return inputs, sources

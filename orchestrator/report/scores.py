@@ -1,0 +1,195 @@
+"""Reading the results table: primary scores, means over conditions, losses against the control.
+
+A *unit* is what one score belongs to: (encoder, task, languages, test set). Means are taken over
+the same units on both sides of a comparison, and say how many of the expected there were.
+"""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+UNIT = ["encoder", "task", "source_language", "target_language", "test_set"]
+HIGHER_IS_BETTER = {"bleu", "chrf"}
+_PRIMARY = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
+_NO_WORD_SPACES = {"ja", "th", "zh"}  # WER means little where words are not set apart
+METRIC_NAMES = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean score in percent with its 95 % interval (NaN where unknown) over `units` units."""
+
+    value: float
+    low: float
+    high: float
+    units: int
+
+    def __str__(self) -> str:
+        interval = f" [{self.low:.1f}, {self.high:.1f}]" if math.isfinite(self.low) else ""
+        return f"{self.value:.1f}{interval}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one depth costs in one metric, against the equally healed unpruned control.
+
+    `loss` is in points and positive when the pruned model is worse (more WER, less BLEU). Its
+    interval treats the two scores as independent, so it is wider than a paired one would be.
+    """
+
+    metric: str
+    in_domain: bool
+    control: Score
+    pruned: Score
+    loss: float
+    loss_low: float
+    loss_high: float
+    expected: int
+    worst: str
+    worst_loss: float
+
+
+def metric_name(metric: str) -> str:
+    """`wer` as papers print it."""
+    return METRIC_NAMES.get(metric.lower(), metric)
+
+
+def task_label(task: object, source: object, target: object) -> str:
+    """`asr-de`, `ast-de-en`."""
+    return "-".join(str(part) for part in (task, source, target) if not _null(part))
+
+
+def primary_cells(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell: its primary metric (WER for ASR, BLEU for AST; CER without word spaces).
+
+    A cell without a score keeps its row. Adds `condition` (`asr-de`), `unit` (a label that also
+    names encoder and test set) and `scored` (bool: done, with a value).
+    """
+    cells = results.copy()
+    cells["metric"] = cells["metric"].str.lower()
+    wanted = [
+        _primary(task, source)
+        for task, source in zip(cells["task"], cells["source_language"], strict=True)
+    ]
+    has_primary = cells["metric"].isna() | (cells["metric"] == pd.Series(wanted, index=cells.index))
+    cells = cells[has_primary.fillna(True).astype(bool)].copy()
+    cells["metric"] = cells["metric"].fillna(
+        pd.Series([w for w, keep in zip(wanted, has_primary, strict=True) if keep], cells.index)
+    )
+    cells["condition"] = [
+        task_label(*key)
+        for key in cells[["task", "source_language", "target_language"]].itertuples(
+            index=False, name=None
+        )
+    ]
+    parts = cells[["encoder", "condition", "test_set"]].astype("str")
+    cells["unit"] = [
+        " · ".join(str(p) for p in key if not _null(p))
+        for key in parts.itertuples(index=False, name=None)
+    ]
+    cells["scored"] = (cells["status"] == "done") & cells["value"].notna()
+    return cells.reset_index(drop=True)
+
+
+def of_selector(cells: pd.DataFrame, selector: str) -> pd.DataFrame:
+    """The rows of one selector with the unpruned control, which belongs to all of them."""
+    control = cells["depth"] == 0
+    own = cells["selector"] == selector
+    no_selector = cells["selector"].isna()
+    if (control & own).any():
+        return cells[own]
+    shared = cells[control & no_selector]
+    if shared.empty and control.any():  # the control may stand under one other selector only
+        first = cells.loc[control, "selector"].iloc[0]
+        shared = cells[control & (cells["selector"] == first)]
+    return pd.concat([shared, cells[own & ~control]])
+
+
+def selectors(cells: pd.DataFrame) -> list[str]:
+    """Selectors that chose a block, `consensus` first."""
+    names = cells.loc[cells["depth"] > 0, "selector"].dropna().unique()
+    return sorted((str(name) for name in names), key=lambda name: (name != "consensus", name))
+
+
+def mean_score(rows: pd.DataFrame) -> Score:
+    """Mean over units, with an interval for the test sets' sampling alone.
+
+    Seeds of a unit and encoders on the same test set share their utterances: their half-widths are
+    averaged. Different test sets are independent: their half-widths add in quadrature.
+    """
+    if rows.empty:
+        return Score(math.nan, math.nan, math.nan, 0)
+    frame = rows.assign(
+        below=rows["value"] - rows["ci_low"], above=rows["ci_high"] - rows["value"]
+    )
+    numbers = ["value", "below", "above"]
+    units = frame.groupby(UNIT, dropna=False)[numbers].mean()
+    sets = units.groupby(level=UNIT[1:], dropna=False).mean()
+    value = float(units["value"].mean())
+    below = float(np.sqrt((sets["below"] ** 2).sum(skipna=False)) / len(sets))
+    above = float(np.sqrt((sets["above"] ** 2).sum(skipna=False)) / len(sets))
+    return Score(value, value - below, value + above, len(units))
+
+
+def changes(cells: pd.DataFrame, depth: int, heal: str) -> list[Change]:
+    """Loss at one depth and healing mode per (metric, in or out of domain).
+
+    Args:
+        cells: primary cells of one model and selector, control included (`of_selector`).
+        depth: layers removed.
+        heal: healing mode of both sides.
+    """
+    healed = cells[cells["heal"] == heal]
+    result = []
+    for (metric, in_domain), rows in healed.groupby(["metric", "in_domain"], sort=False):
+        scored = rows[rows["scored"]]
+        sides = [scored[scored["depth"] == d] for d in (0, depth)]
+        both = set(_units(sides[0])) & set(_units(sides[1]))
+        if not both:
+            continue
+        control, pruned = (side[[u in both for u in _units(side)]] for side in sides)
+        sign = -1.0 if metric in HIGHER_IS_BETTER else 1.0
+        before, after = mean_score(control), mean_score(pruned)
+        loss = sign * (after.value - before.value)
+        worse = sign * (
+            pruned.groupby("unit")["value"].mean() - control.groupby("unit")["value"].mean()
+        )
+        result.append(
+            Change(
+                metric=str(metric),
+                in_domain=bool(in_domain),
+                control=before,
+                pruned=after,
+                loss=loss,
+                loss_low=loss - _half_width(before, after, more=False, sign=sign),
+                loss_high=loss + _half_width(before, after, more=True, sign=sign),
+                expected=rows["unit"].nunique(),
+                worst=str(worse.idxmax()),
+                worst_loss=float(worse.max()),
+            )
+        )
+    return sorted(result, key=lambda c: (not c.in_domain, c.metric in HIGHER_IS_BETTER, c.metric))
+
+
+def _half_width(before: Score, after: Score, *, more: bool, sign: float) -> float:
+    """Half-width of the loss's interval on the side of `more` loss, or of less."""
+    rises = more == (sign > 0)
+    one = after.high - after.value if rises else after.value - after.low
+    two = before.value - before.low if rises else before.high - before.value
+    return math.hypot(one, two)
+
+
+def _units(rows: pd.DataFrame) -> list[Hashable]:
+    return list(rows["unit"])
+
+
+def _primary(task: object, source: object) -> str:
+    word, character = _PRIMARY.get(str(task), ("wer", "cer"))
+    return character if task == "asr" and source in _NO_WORD_SPACES else word
+
+
+def _null(part: object) -> bool:
+    return part is None or part is pd.NA or (isinstance(part, float) and math.isnan(part))

@@ -1,0 +1,82 @@
+"""From the store to the tables: `results`, `maps` and `profile` of a finished or half-finished sweep.
+
+Every cell of the plan has its row, with a status and a reason where there is no score.
+"""
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from orchestrator.graph import Node, Plan
+from orchestrator.reuse import decide
+from orchestrator.runs import StageRecord
+from orchestrator.store import Store
+from orchestrator.report.tables import MAPS_COLUMNS, PROFILE_COLUMNS, RESULTS_COLUMNS, typed
+
+SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
+METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
+
+
+def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> pd.DataFrame:
+    """One row per evaluation and metric (columns of the design's `results.parquet`)."""
+    rows: list[dict[str, Any]] = []
+    for node in plan.by_kind("evaluate"):
+        heal = plan.nodes[node.inputs["model"]]
+        decide(plan, heal, store)
+        block = heal.params.get("block")
+        key = plan.key(node.id)
+        shared = {
+            **node.cell,
+            "fraction_removed": node.cell["depth"] / node.cell["layers"],
+            "block_start": block["start"] if block else None,
+            "stage_key": key,
+        }
+        if key is not None and store.has("evaluate", key):
+            data = json.loads((store.path("evaluate", key) / "scores.json").read_text())
+            rows.extend(
+                {
+                    **shared,
+                    **{name: score[name] for name in SCORE},
+                    "runaway_rate": data["runaway_rate"],
+                    "status": "done",
+                    "reason": None,
+                }
+                for score in data["scores"]
+            )
+        else:
+            state, reason = _why_not(node, records)
+            rows.extend(
+                {**shared, "metric": metric, "status": state, "reason": reason}
+                for metric in METRICS[node.cell["task"]]
+            )
+    return typed(rows, RESULTS_COLUMNS)
+
+
+def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
+    """One row per map, pool and block (columns of the design's `maps.parquet`)."""
+    parts = []
+    for node in plan.by_kind("map"):
+        key = plan.key(node.id)
+        if key is None or not store.has("map", key):
+            continue
+        part = pd.read_parquet(store.path("map", key) / "map.parquet")
+        labels = {name: value for name, value in node.cell.items() if name != "layers"}
+        parts.append(part.assign(**labels, stage_key=key))
+    if not parts:
+        return typed([], MAPS_COLUMNS)
+    return pd.concat([typed(part, MAPS_COLUMNS) for part in parts], ignore_index=True)
+
+
+def profile_table() -> pd.DataFrame:
+    """An empty table of the design's `profile.parquet`: sweeps have no profile stage yet."""
+    return typed([], PROFILE_COLUMNS)
+
+
+def _why_not(node: Node, records: dict[str, StageRecord]) -> tuple[str, str]:
+    record = records.get(node.id)
+    if record is None or record.state in ("pending", "running", "done"):
+        return "pending", "not run yet"
+    if record.state == "failed":
+        return "failed", f"({record.failure}) {record.message}"
+    return "blocked", record.message

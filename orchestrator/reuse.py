@@ -1,0 +1,77 @@
+"""What a plan would run, what is there already, and why: the store held against the plan."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from orchestrator.graph import Node, Plan
+from orchestrator.selectors import choose_start
+from orchestrator.store import Store
+
+Verdict = Literal["run", "reuse", "undetermined", "unneeded"]
+TARGETS = ("evaluate", "map")
+"""Kinds a sweep is run for; the others are made only where one of these needs them."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What a plan would do now, by node."""
+
+    verdicts: dict[str, Verdict]
+    reasons: dict[str, str]
+
+    def count(self, verdict: Verdict) -> int:
+        """How many nodes have this verdict."""
+        return sum(v == verdict for v in self.verdicts.values())
+
+
+def decide(plan: Plan, node: Node, store: Store) -> bool:
+    """Determine the node's block if its maps are there.
+
+    Returns:
+        Whether the node's block is determined (or it never had a choice).
+    """
+    choice = node.choice
+    if choice is None:
+        return True
+    tables = []
+    for map_id in choice.maps:
+        key = plan.key(map_id)
+        if key is None or not store.has("map", key):
+            return False
+        tables.append(pd.read_parquet(store.path("map", key) / "map.parquet"))
+    plan.determine(node.id, choose_start(choice, tables))
+    return True
+
+
+def assess(plan: Plan, store: Store) -> Assessment:
+    """Hold every node of the plan against the store; determines what blocks it can."""
+    verdicts: dict[str, Verdict] = {}
+    reasons: dict[str, str] = {}
+    for node in plan.nodes.values():
+        decide(plan, node, store)
+        key = plan.key(node.id)
+        if key is None:
+            verdicts[node.id] = "undetermined"
+            reasons[node.id] = (
+                "its block is chosen from maps still to be made"
+                if node.choice
+                else "waits for a block chosen from maps still to be made"
+            )
+        elif store.has(node.kind, key):
+            verdicts[node.id] = "reuse"
+            reasons[node.id] = "in the store"
+        else:
+            verdicts[node.id] = "run"
+            reasons[node.id] = "not in the store"
+    dependents = plan.dependents()
+    for node_id in reversed(plan.nodes):
+        if (
+            verdicts[node_id] == "run"
+            and plan.nodes[node_id].kind not in TARGETS
+            and all(verdicts[other] in ("reuse", "unneeded") for other in dependents[node_id])
+        ):
+            verdicts[node_id] = "unneeded"
+            reasons[node_id] = "all that needs it is in the store"
+    return Assessment(verdicts, reasons)

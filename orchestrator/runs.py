@@ -1,0 +1,257 @@
+"""A run folder: the resolved sweep, the plan, the journal of attempts, their logs, and the lock."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.graph import Plan
+from orchestrator.sweep import Sweep, parse_sweep
+from workers.errors import InvalidInput
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 30.0
+
+
+class RunHeld(Exception):
+    """Another driver holds the run."""
+
+
+@dataclass
+class StageRecord:
+    """What the journal says of one stage."""
+
+    id: str
+    kind: str
+    state: str = "pending"
+    """`pending`, `running`, `done`, `failed` or `blocked`."""
+    key: str | None = None
+    reused: bool = False
+    attempts: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+    message: str = ""
+    log: str = ""
+    dependencies: list[str] = field(default_factory=list)
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: `runs/<sweep>`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    @classmethod
+    def existing(cls, name: str) -> "RunFolder":
+        """The run called `name`: a folder, or a name under `runs/`.
+
+        Raises:
+            InvalidInput: there is none; names those that exist.
+        """
+        for path in (Path(name), Path("runs") / name):
+            if (path / "run.json").is_file():
+                return cls(path)
+        known = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
+        hint = f"runs here: {', '.join(known)}" if known else "no run was started in this folder"
+        raise InvalidInput(f"no run called {name}", remedy=hint)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.path / "report"
+
+    def log(self, node_id: str, attempt: int) -> Path:
+        """Log file of one attempt."""
+        return self.path / "logs" / f"{node_id.replace('/', '.')}.{attempt}.log"
+
+    # --- what is fixed when a run starts -----------------------------------------------------
+
+    def start(self, sweep: Sweep, base: Path, store: Path, plan: Plan) -> None:
+        """Write the resolved sweep, where it runs, and the plan."""
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        _replace(self.path / "sweep.yaml", text)
+        nodes = [
+            {"id": n.id, "kind": n.kind, "dependencies": sorted(n.dependencies())}
+            for n in plan.nodes.values()
+        ]
+        _replace(self.path / "plan.json", json.dumps({"sweep": sweep.name, "nodes": nodes}))
+        place = {"base": str(base.absolute()), "store": str(store.absolute())}
+        _replace(self.path / "run.json", json.dumps(place, indent=1))
+
+    def sweep(self) -> Sweep:
+        """The resolved sweep."""
+        return parse_sweep(yaml.safe_load((self.path / "sweep.yaml").read_text()))
+
+    def place(self) -> tuple[Path, Path]:
+        """The folder relative paths start from, and the store."""
+        place = json.loads((self.path / "run.json").read_text())
+        return Path(place["base"]), Path(place["store"])
+
+    # --- journal -----------------------------------------------------------------------------
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append an event to the journal, a line of JSON."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        with (self.path / "journal.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The journal's events; a line cut short by a crash is passed over."""
+        try:
+            lines = (self.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+    def records(self) -> dict[str, StageRecord]:
+        """The state of every stage of the newest plan, as the journal tells it."""
+        nodes = json.loads((self.path / "plan.json").read_text())["nodes"]
+        records = {
+            n["id"]: StageRecord(n["id"], n["kind"], dependencies=n["dependencies"]) for n in nodes
+        }
+        for event in self.events():
+            if event["event"] == "begin":
+                for record in records.values():
+                    if record.state != "done":
+                        record.state, record.failure, record.message = "pending", "", ""
+            record_or_none = records.get(event.get("id", ""))
+            if record_or_none is not None:
+                _apply(record_or_none, event)
+        if not self.held():
+            for record in records.values():
+                if record.state == "running":
+                    record.state = "pending"
+        return records
+
+    def seconds(self) -> float:
+        """Wall-clock seconds drivers spent on this run."""
+        total, began, last = 0.0, None, 0.0
+        for event in self.events():
+            if event["event"] == "begin":
+                if began is not None:
+                    total += last - began
+                began = event["time"]
+            last = event["time"]
+        return total + (last - began if began is not None else 0.0)
+
+    # --- lock --------------------------------------------------------------------------------
+
+    def held(self) -> bool:
+        """Whether a living driver holds the run."""
+        return _alive(self.path / "lock.json") is not None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run while the block lasts; a heartbeat shows that we live.
+
+        Raises:
+            RunHeld: another driver does; names its machine and process.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / "lock.json"
+        holder = _alive(path)
+        if holder is not None:
+            raise RunHeld(
+                f"another driver holds run {self.name} "
+                f"(process {holder['pid']} on {holder['host']})"
+            )
+        if path.exists():  # Its driver is gone. Renaming is atomic: one of several takers wins.
+            with contextlib.suppress(FileNotFoundError):
+                stale = path.with_name(f"lock.{uuid.uuid4().hex}.stale")
+                path.rename(stale)
+                stale.unlink()
+        token = uuid.uuid4().hex
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            raise RunHeld(f"another driver has just taken run {self.name}") from None
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "token": token}, file)
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_SECONDS):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(path.read_text()).get("token") == token:
+                    path.unlink()
+
+
+def _apply(record: StageRecord, event: dict[str, Any]) -> None:
+    match event["event"]:
+        case "start":
+            record.state, record.attempts = "running", event["attempt"]
+            record.key, record.log = event.get("key"), event.get("log", "")
+        case "done":
+            record.state, record.reused = "done", event.get("reused", False)
+            record.key, record.seconds = event.get("key"), event.get("seconds", 0.0)
+            record.failure = record.message = ""
+        case "failed":
+            record.state = "failed"
+            record.failure, record.message = event["class"], event["message"]
+        case "blocked":
+            record.state, record.message = "blocked", event["message"]
+
+
+def _alive(lock: Path) -> dict[str, Any] | None:
+    """The holder written in a lock file, if it still lives."""
+    try:
+        holder: dict[str, Any] = json.loads(lock.read_text())
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        holder, age = {"pid": 0, "host": "?"}, 0.0
+        with contextlib.suppress(OSError):
+            age = time.time() - lock.stat().st_mtime
+    if age > STALE_SECONDS:
+        return None
+    if holder["host"] == socket.gethostname() and not _running(int(holder["pid"])):
+        return None
+    return holder
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

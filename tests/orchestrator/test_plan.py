@@ -1,0 +1,244 @@
+"""Plans: what stages a sweep means, what they share, and what is refused before anything runs."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+
+from orchestrator.plan import build_plan
+from orchestrator.reuse import assess
+from orchestrator.sources import DigestCache
+from orchestrator.store import Store
+from orchestrator.sweep import parse_sweep
+from workers.errors import InvalidInput
+
+TINY = {
+    "name": "tiny",
+    "models": [{"decoder": "lab:llama-tiny"}],
+    "encoders": [{"encoder": "lab:whisper-tiny"}, {"encoder": "lab:conformer-tiny"}],
+    "tasks": [
+        {"task": "asr", "language": ["en", "de"], "data": "lab:speech-tiny"},
+        {"task": "ast", "language": "de", "target_language": "en", "data": "lab:speech-tiny"},
+    ],
+    "depths": [1, 2],
+}
+
+
+def plan_of(tmp_path, **changes):
+    plan = build_plan(parse_sweep({**TINY, **changes}), tmp_path, DigestCache(tmp_path / "d.json"))
+    assess(plan, Store(tmp_path / "empty"))  # determines the blocks that need no map
+    return plan
+
+
+def keys_of(plan):
+    return {node_id: plan.key(node_id) for node_id in plan.nodes}
+
+
+def fake_map(store, plan, node_id, best):
+    """A map artefact whose best block starts at `best`, at every depth."""
+    import pandas as pd
+
+    key = plan.key(node_id)
+    temporary = store.begin("map", key)
+    rows = [
+        {"pool": "all", "start": s, "depth": d, "distance": 0.1 + 0.01 * abs(s - best),
+         "std_error": 0.01, "samples": 4}
+        for d in (1, 2) for s in range(7 - d)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(temporary / "map.parquet")
+    store.commit(temporary, "map", key, {})
+
+
+def test_every_stage_follows_what_it_needs(tmp_path):
+    plan, seen = plan_of(tmp_path), set()
+    for node in plan.nodes.values():
+        assert node.dependencies() <= seen, node.id
+        seen.add(node.id)
+
+
+def test_work_is_shared_between_encoders_tasks_and_depths(tmp_path):
+    kinds = Counter(node.kind for node in plan_of(tmp_path).nodes.values())
+    assert kinds["build"] == 3 + 1 + 2  # speech by language (the encoders hear fr too)
+    assert kinds["adapt"] == 2
+
+
+def test_unshared_bases_are_trained_per_condition(tmp_path):
+    plan = plan_of(tmp_path, share={"base": False})
+    assert len(list(plan.by_kind("adapt"))) == 2 * 3
+
+
+def test_shared_healing_heals_once_for_all_conditions(tmp_path):
+    one = plan_of(tmp_path, share={"heal": True})
+    each = plan_of(tmp_path)
+    assert len(list(each.by_kind("heal"))) == 3 * len(list(one.by_kind("heal")))
+    assert len(list(each.by_kind("evaluate"))) == len(list(one.by_kind("evaluate")))
+
+
+def test_heals_are_undetermined_until_their_maps_exist(tmp_path):
+    plan, store = plan_of(tmp_path), Store(tmp_path / "store")
+    found = assess(plan, store)
+    assert found.count("reuse") == 0
+    pruned = [n.id for n in plan.by_kind("heal") if "/consensus/" in n.id]
+    assert {found.verdicts[i] for i in pruned} == {"undetermined"}
+    control = [n.id for n in plan.by_kind("heal") if "/d0/" in n.id]
+    assert {found.verdicts[i] for i in control} == {"run"}
+    for node in plan.by_kind("map"):
+        fake_map(store, plan, node.id, best=3)
+    found = assess(plan, store)
+    assert found.count("undetermined") == 0
+    assert plan.nodes[pruned[0]].params["block"] == {"start": 3, "depth": 1}
+
+
+def test_selectors_that_choose_the_same_block_end_in_one_heal(tmp_path):
+    selectors = ["consensus", {"selector": "fixed", "start": 3}, "last"]
+    plan, store = plan_of(tmp_path, selectors=selectors), Store(tmp_path / "store")
+    for node in plan.by_kind("map"):
+        fake_map(store, plan, node.id, best=3)
+    assess(plan, store)
+    by_selector = {
+        name: [plan.key(n.id) for n in plan.by_kind("heal") if f"/{name}/" in n.id]
+        for name in ("consensus", "fixed-3", "last")
+    }
+    assert by_selector["consensus"] == by_selector["fixed-3"]
+    assert not set(by_selector["consensus"]) & set(by_selector["last"])
+
+
+def test_a_depth_added_later_leaves_every_other_key_alone(tmp_path):
+    before = keys_of(plan_of(tmp_path, selectors=["last"]))
+    after = keys_of(plan_of(tmp_path, selectors=["last"], depths=[1, 2, 3]))
+    assert {i: k for i, k in after.items() if i in before} == before
+    assert len(after) > len(before)
+
+
+def test_the_name_of_a_sweep_and_of_its_parts_change_no_key(tmp_path):
+    renamed = plan_of(
+        tmp_path,
+        name="other",
+        models=[{"decoder": "lab:llama-tiny", "name": "mine"}],
+        report={"tolerance": 3.0},
+        resources={"cpus": 2},
+    )
+    assert sorted(map(str, keys_of(renamed).values())) == sorted(
+        map(str, keys_of(plan_of(tmp_path)).values())
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "changed", "same"),
+    [
+        ({"heal": {"steps": 7}}, "heal", "adapt"),
+        ({"evaluate": {"extra_tokens": 3}}, "evaluate", "heal"),
+        ({"maps": {"samples": 7}}, "map", "adapt"),
+        ({"adapt": {"steps": 7}}, "adapt", "encode"),
+        ({"prompts": {"asr": "Write: {audio}"}}, "adapt", "encode"),
+        ({"seeds": [1]}, "heal", "adapt"),
+    ],
+)
+def test_a_setting_changes_the_stages_it_can_change_and_no_others(tmp_path, change, changed, same):
+    def keys(kind, plan):
+        return [plan.key(n.id) for n in plan.by_kind(kind) if "/none" not in n.id]
+
+    plain = plan_of(tmp_path, selectors=["last"])
+    other = plan_of(tmp_path, selectors=["last"], **change)
+    assert not set(keys(changed, plain)) & set(keys(changed, other))
+    assert keys(same, plain) == keys(same, other)
+
+
+def test_healing_with_no_training_does_not_depend_on_the_seed(tmp_path):
+    plan = plan_of(tmp_path, seeds=[0, 1], selectors=["last"])
+    none = [n for n in plan.by_kind("heal") if "/none" in n.id]
+    joint = [n for n in plan.by_kind("heal") if "/joint" in n.id]
+    assert len(joint) == 2 * len(none)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depths": [6]}, r"sweep\.depths\[1\]: cannot remove 6 layers: llama-tiny has 6.*5"),
+        ({"models": [{"decoder": "lab:lama"}]}, r"sweep\.models\[0\]\.decoder: .*did you mean lab:llama"),
+        ({"models": [{"decoder": "lab:whisper"}]}, r"sweep\.models\[0\]\.decoder: lab:whisper is a encoder"),
+        ({"models": [{"decoder": "./nowhere"}]}, r"sweep\.models\[0\]\.decoder: no folder .*nowhere"),
+        ({"encoders": [{"encoder": "./nowhere"}]}, r"sweep\.encoders\[0\]\.encoder: no folder"),
+        ({"selectors": [{"selector": "fixed", "start": 5}]}, r"sweep\.selectors\[0\]\.start: .*largest start at depth 2 is 4"),
+        ({"tasks": [{"task": "asr", "language": "es", "data": "lab:speech"}]}, r"sweep\.tasks\[0\]\.language: .*does not have language es"),
+        ({"tasks": [{"task": "asr", "language": "en", "data": "lab:speach"}]}, r"sweep\.tasks\[0\]\.data: .*did you mean lab:speech"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_at_plan_time(tmp_path, changes, message):
+    with pytest.raises(InvalidInput, match=message):
+        plan_of(tmp_path, **changes)
+
+
+# --- manifests and folders of the user's own ----------------------------------------------------
+
+
+def manifest(folder, name, lines=2, **extra):
+    for i in range(lines):
+        soundfile.write(folder / f"{name}{i}.wav", np.zeros(1600 + len(name)), 16000)
+    rows = [{"audio_filepath": f"{name}{i}.wav", "text": f"word {i}", **extra} for i in range(lines)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return f"{name}.jsonl"
+
+
+def own_task(folder, **extra):
+    return {
+        "task": "asr",
+        "language": "en",
+        "train": manifest(folder, "train"),
+        "dev": manifest(folder, "dev"),
+        "test": [{"name": "test", "data": manifest(folder, "test")}],
+        **extra,
+    }
+
+
+def test_manifests_are_fingerprinted_by_content_not_by_place(tmp_path):
+    keys = []
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        keys.append(keys_of(plan_of(folder, tasks=[own_task(folder)])))
+    assert keys[0] == keys[1]
+    task = own_task(tmp_path / "there")
+    soundfile.write(tmp_path / "there" / "dev0.wav", np.ones(900), 16000)
+    assert keys_of(plan_of(tmp_path / "there", tasks=[task])) != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "dev.jsonl").unlink(), r"sweep\.tasks\[0\]\.dev: no manifest"),
+        (lambda f: (f / "dev.jsonl").write_text(""), r"sweep\.tasks\[0\]\.dev: .*the data set is empty"),
+        (lambda f: (f / "train0.wav").unlink(), r"sweep\.tasks\[0\]\.train: .*train\.jsonl:1: no audio file"),
+        (lambda f: (f / "test.jsonl").write_text("{"), r"sweep\.tasks\[0\]\.test\[0\]\.data: .*test\.jsonl:1: not valid JSON"),
+        (lambda f: (f / "train.jsonl").write_text('{"text": "a"}\n'), r"train\.jsonl:1: no audio_filepath"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_refused_with_key_file_and_line(tmp_path, break_it, message):
+    task = own_task(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(InvalidInput, match=message):
+        plan_of(tmp_path, tasks=[task])
+
+
+def test_translation_needs_translations(tmp_path):
+    task = own_task(tmp_path, task="ast", language="de", target_language="en")
+    with pytest.raises(InvalidInput, match="has no translation"):
+        plan_of(tmp_path, tasks=[task])
+    for name in ("train", "dev", "test"):
+        manifest(tmp_path, name, translation="hello")
+    assert plan_of(tmp_path, tasks=[task]).nodes
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InvalidInput, match=r"sweep\.models\[0\]\.decoder: model has no config\.json"):
+        plan_of(tmp_path, models=[{"decoder": "model"}])
+
+
+def test_a_local_decoder_has_its_depth_checked_too(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
+    with pytest.raises(InvalidInput, match="model has 2"):
+        plan_of(tmp_path, models=[{"decoder": "model"}])

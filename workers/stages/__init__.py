@@ -1,0 +1,75 @@
+"""The stages: their kinds, code versions and where their functions are. Costs no torch to import.
+
+Every stage is a plain function `run(params, inputs, out, context) -> summary`: `params` plain data,
+`inputs` what it reads by role, `out` an empty folder it fills, `context` the process it runs in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Input:
+    """A folder or file a stage reads (or a hub repository at a commit)."""
+
+    path: str
+    revision: str | None = None
+
+
+def _silent(fraction: float, message: str) -> None:
+    del fraction, message
+
+
+@dataclass
+class Context:
+    """The process a stage runs in, and what that process keeps between stages."""
+
+    progress: Callable[[float, str], None] = _silent
+    """Called with a fraction done and a few words."""
+    device: str = "cpu"
+    resident: dict[str, Any] = field(default_factory=dict)
+    """The one base model this process holds, by identity."""
+
+    def step(self, done: int, steps: int, loss: float) -> None:
+        """Progress of a training run."""
+        self.progress(done / steps, f"step {done} of {steps}, loss {loss:.3f}")
+
+
+class StageFunction(Protocol):
+    """What every stage is."""
+
+    def __call__(
+        self, params: Mapping[str, Any], inputs: Mapping[str, Input], out: Path, context: Context
+    ) -> dict[str, Any]:
+        """Do the work, fill `out`, return a small summary of plain data."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage."""
+
+    kind: str
+    version: int
+    """Raised when the same parameters would give another result."""
+    module: str
+
+    def function(self) -> StageFunction:
+        """Import and return the stage's function."""
+        run: StageFunction = import_module(self.module).run
+        return run
+
+
+STAGES: dict[str, Stage] = {
+    stage.kind: stage
+    for stage in (
+        Stage("build", 1, "workers.stages.build"),
+        Stage("encode", 1, "workers.stages.encode"),
+        Stage("adapt", 1, "workers.stages.adapt"),
+        Stage("map", 1, "workers.stages.map"),
+        Stage("heal", 1, "workers.stages.heal"),
+        Stage("evaluate", 1, "workers.stages.evaluate"),
+    )
+}

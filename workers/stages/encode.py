@@ -1,0 +1,53 @@
+"""`encode`: the frozen encoder's output for one split, so that it is computed once a sweep."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from workers.audio import read_audio
+from workers.data import read_utterances
+from workers.encoder import SpeechEncoder
+from workers.features import write_features
+from workers.manifest import Utterance
+from workers.stages import Context, Input
+
+STORED_DTYPE = "float16"
+
+
+def run(
+    params: Mapping[str, Any], inputs: Mapping[str, Input], out: Path, context: Context
+) -> dict[str, Any]:
+    """Encode every utterance of a split.
+
+    Args:
+        params: `split` (None for a manifest), `dtype` the encoder runs in, `trust_remote_code`.
+        inputs: `encoder` and `data`.
+        out: receives `features.safetensors` and `index.parquet`.
+        context: the process.
+
+    Returns:
+        Counts and seconds of audio.
+    """
+    encoder = SpeechEncoder.from_pretrained(
+        inputs["encoder"].path,
+        revision=inputs["encoder"].revision,
+        dtype=getattr(torch, params["dtype"]),
+        device=context.device,
+        trust_remote_code=params["trust_remote_code"],
+    )
+    utterances = read_utterances(Path(inputs["data"].path), params["split"], audio=True)
+
+    def waveforms() -> Iterator[tuple[str, np.ndarray]]:
+        for utterance in utterances:
+            yield utterance.id, _waveform(utterance, encoder.sampling_rate)
+
+    return write_features(encoder, waveforms(), out, STORED_DTYPE, context.progress)
+
+
+def _waveform(utterance: Utterance, sampling_rate: int) -> np.ndarray:
+    source = utterance.audio_bytes if utterance.audio_bytes is not None else utterance.audio_path
+    assert source is not None
+    return read_audio(source, sampling_rate, utterance.offset, utterance.duration)
