@@ -5,7 +5,7 @@ import os
 import socket
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 PROBE_SECONDS = 10.0
 
@@ -46,7 +46,7 @@ class Cluster:
             )
         self.address, self.cpus = address, cpus
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         # Ray's coming default for jobs without GPUs; set, it keeps Ray from warning about it.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if self.address is not None and ":" in self.address:

@@ -79,9 +79,7 @@ def classify(error: BaseException) -> dict[str, str]:
     return {"class": "invalid", "message": f"{name}: {message}"}
 
 
-def _run(
-    payload: dict[str, Any], rank: int, started: float, cpu_started: float
-) -> dict[str, Any]:
+def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float) -> dict[str, Any]:
     store = Store(Path(payload["store"]))
     kind, key = payload["kind"], payload["key"]
     inputs = {}
@@ -169,7 +167,7 @@ def _logged_to(path: Path) -> Iterator[None]:
     try:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115
+        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         handler = logging.StreamHandler(stream)
         logging.getLogger().addHandler(handler)
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):

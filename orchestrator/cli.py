@@ -49,7 +49,7 @@ def _out() -> Console:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1))  # noqa: T201 - machine-readable output
+    print(json.dumps(data, indent=1))
 
 
 def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[Any, ...]:
@@ -108,9 +108,10 @@ def _show_plan(
         f"Sweep {sweep.name}: {len(sweep.models)} decoder(s) x {len(sweep.encoders)} encoder(s) x "
         f"{len(sweep.conditions())} conditions x depths {', '.join(map(str, sweep.depths))}"
     )
-    for entry in (*sweep.models, *sweep.encoders):
-        if entry.trust_remote_code:
-            out.print(f"[bold]Runs code from the hub repository of {entry.name}.[/bold]")
+    trusted = [m.name for m in sweep.models if m.trust_remote_code]
+    trusted += [e.name for e in sweep.encoders if e.trust_remote_code]
+    for name in trusted:
+        out.print(f"[bold]Runs code from the hub repository of {name}.[/bold]")
     table = Table(box=None, pad_edge=False)
     verdicts = ("run", "reuse", "undetermined", "unneeded")
     table.add_column("stage")
@@ -196,7 +197,7 @@ def logs(
     folder = RunFolder.existing(run_name)
     lines = journal_lines(folder) if stage is None else stage_log(folder, stage)
     for line in lines:
-        print(line)  # noqa: T201 - a log is printed as it is
+        print(line)
 
 
 @app.command()
@@ -210,7 +211,7 @@ def report(run_name: RunName, as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"report": str(page)})
     else:
-        print(page)  # noqa: T201 - the path alone, so that it can be piped
+        print(page)
 
 
 @app.command()
@@ -225,9 +226,9 @@ def doctor(
         _print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
-            print(f"{finding.state:5} {finding.what}: {finding.found}")  # noqa: T201
+            print(f"{finding.state:5} {finding.what}: {finding.found}")
             if finding.remedy:
-                print(f"      -> {finding.remedy}")  # noqa: T201
+                print(f"      -> {finding.remedy}")
     raise typer.Exit(1 if any(finding.state == "fail" for finding in findings) else 0)
 
 
@@ -251,7 +252,7 @@ def main() -> None:
 
 def _complain(message: str, status: int) -> None:
     for line in message.splitlines():
-        print(f"layersweep: {line}", file=sys.stderr)  # noqa: T201
+        print(f"layersweep: {line}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -241,9 +241,7 @@ def consensus_table(
                         distances, pair_index, depth, first, permutations, seed, nulls
                     )
                     coverage = len(present) / len(members)
-                    rows.append(
-                        (model, depth, scope + suffix, *numbers, len(present), coverage)
-                    )
+                    rows.append((model, depth, scope + suffix, *numbers, len(present), coverage))
     frame = pd.DataFrame(rows, columns=CONSENSUS)
     floats = ["jaccard", "spearman", "p_value", "regret_mean", "regret_max", "coverage"]
     kinds = dict.fromkeys(["depth", "block_start", "conditions"], "Int64")

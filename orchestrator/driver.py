@@ -6,7 +6,6 @@ It holds no tensors. What is done is in the store; the journal only tells the st
 import heapq
 import time
 from collections import Counter, defaultdict
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -352,5 +351,3 @@ class Driver:
                 self.run.note("blocked", id=other, message=message)
                 self.listener.event("blocked", other, {"message": message})
                 stack.extend(self._dependents[other])
-
-

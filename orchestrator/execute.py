@@ -120,9 +120,9 @@ def write_report(folder: RunFolder) -> Path:
     state = status_data(folder)
     summary = RunSummary(
         name=sweep.name,
-        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        created=time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         sweep=sweep.model_dump(mode="json"),
-        counts=state["states"],
+        stages=state["states"],
         failures=[(f["id"], f["class"], f["message"], f["log"]) for f in state["failed"]],
         lab=any(
             reference.startswith("lab:")

@@ -274,9 +274,7 @@ class _Layout:
         for entry, node, source in encoders:
             for cell in cells:
                 for corpus in (cell.train, cell.dev, *(c for _, c in cell.tests)):
-                    features[entry.name, corpus.label] = self._features(
-                        entry, node, source, corpus
-                    )
+                    features[entry.name, corpus.label] = self._features(entry, node, source, corpus)
             groups = [list(cells)] if sweep.share.base else [[cell] for cell in cells]
             for group in groups:
                 base = self._adapt(decoder, entry, group, features)

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from orchestrator.graph import Node, Plan
+from orchestrator.report.tables import MAPS_COLUMNS, PROFILE_COLUMNS, RESULTS_COLUMNS, typed
 from orchestrator.reuse import decide
 from orchestrator.runs import StageRecord
 from orchestrator.store import Store
-from orchestrator.report.tables import MAPS_COLUMNS, PROFILE_COLUMNS, RESULTS_COLUMNS, typed
 
 SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
 METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}

@@ -175,9 +175,7 @@ def _hub_commit(reference: str, revision: str | None, where: str) -> str:
         if "connect" not in f"{type(error).__name__} {error}".lower():
             raise InvalidInput(f"the hub refused {reference}: {error}", where) from None
     try:
-        cached = hf_hub_download(
-            reference, "config.json", revision=revision, local_files_only=True
-        )
+        cached = hf_hub_download(reference, "config.json", revision=revision, local_files_only=True)
         return Path(cached).parent.name
     except Exception:  # noqa: BLE001 - whatever the cache lacks, the answer is the same
         raise InvalidInput(

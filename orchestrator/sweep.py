@@ -271,9 +271,7 @@ class Sweep(Settings):
     def conditions(self) -> list[Condition]:
         """Every (task, language) the sweep names, in file order."""
         return [
-            Condition(
-                task=entry.task, source_language=code, target_language=entry.target_language
-            )
+            Condition(task=entry.task, source_language=code, target_language=entry.target_language)
             for entry in self.tasks
             for code in entry.languages
         ]
@@ -398,15 +396,13 @@ def _explain(item: Any) -> str:
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:
-    model: Any = Sweep
+    model: type[BaseModel] | None = Sweep
     for part in location:
         if isinstance(part, int):
             continue
-        field = model.model_fields.get(part) if isinstance(model, type) else None
-        model = _settings_in(field.annotation) if field else None
-        if model is None:
-            return []
-    return list(model.model_fields)
+        field = model.model_fields.get(part) if model is not None else None
+        model = _settings_in(field.annotation) if field is not None else None
+    return list(model.model_fields) if model is not None else []
 
 
 def _settings_in(annotation: Any) -> type[BaseModel] | None:

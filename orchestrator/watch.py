@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -56,7 +56,7 @@ class LiveWatch(PlainWatch):
         self.started = time.monotonic()
         self.live = Live(console=console, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> "LiveWatch":
+    def __enter__(self) -> Self:
         self.live.start()
         return self
 
@@ -179,10 +179,14 @@ def stage_log(folder: RunFolder, stage: str) -> Iterator[str]:
     records = folder.records()
     found = [stage] if stage in records else [i for i in records if stage in i]
     if not found:
-        raise InvalidInput(f"run {folder.name} has no stage {stage}", remedy="see layersweep status")
+        raise InvalidInput(
+            f"run {folder.name} has no stage {stage}", remedy="see layersweep status"
+        )
     if len(found) > 1:
         some = ", ".join(found[:5])
-        raise InvalidInput(f"{len(found)} stages match {stage}: {some} …", remedy="write more of it")
+        raise InvalidInput(
+            f"{len(found)} stages match {stage}: {some} …", remedy="write more of it"
+        )
     record = records[found[0]]
     if not record.log or not Path(record.log).is_file():
         why = "it was reused from the store" if record.reused else f"it is {record.state}"

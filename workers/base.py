@@ -72,10 +72,12 @@ def trained_speechllm(
         context: the process.
     """
     decoder, tokenizer = load_decoder(source, params, context)
-    with speechllm_on(decoder, tokenizer, SpeechLLMConfig.read(folder)) as model:
-        with pruned(model.decoder, removed_layers(folder)):
-            model.load_trained(folder)
-            yield model
+    with (
+        speechllm_on(decoder, tokenizer, SpeechLLMConfig.read(folder)) as model,
+        pruned(model.decoder, removed_layers(folder)),
+    ):
+        model.load_trained(folder)
+        yield model
 
 
 def removed_layers(folder: Path) -> tuple[int, ...]:

@@ -26,7 +26,8 @@ from workers.errors import InvalidInput
 
 EXACT_MASK = {"hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm"}
 """Model types whose output under an attention mask equals the utterance's output alone. Others let
-padding leak (Conformer's convolutions, Data2Vec's stacked position convolutions)."""
+padding leak (Conformer's convolutions, Data2Vec's stacked position convolutions), as do group norms
+over time and adapters."""
 BATCH_SECONDS = 160.0
 """Padded audio in one forward pass."""
 SHORTEST = 0.1
@@ -69,9 +70,12 @@ class SpeechEncoder:
             strides = self.model.conv1.stride[0] * self.model.conv2.stride[0]
             self._unit = extractor.hop_length * strides * pooled
             self._longest = self.model.embed_positions.num_embeddings // pooled
-        kind = self.model.config.model_type
-        norm = getattr(self.model.config, "feat_extract_norm", "layer")
-        self._masked = self._family != "mel" and kind in EXACT_MASK and norm == "layer"
+        config = self.model.config
+        self._masked = (
+            config.model_type in EXACT_MASK
+            and getattr(config, "feat_extract_norm", "layer") == "layer"
+            and not getattr(config, "add_adapter", False)
+        )
 
     @classmethod
     def from_pretrained(
@@ -257,9 +261,8 @@ def _encoder_of(model: Any) -> tuple[Any, Any]:
 
 
 def _family_of(encoder: Any, extractor: Any) -> Family:
-    if hasattr(encoder, "embed_positions") and hasattr(encoder.config, "max_source_positions"):
-        if hasattr(encoder, "conv1") and hasattr(extractor, "hop_length"):
-            return "mel"
+    if hasattr(encoder, "embed_positions") and hasattr(encoder, "conv1"):
+        return "mel"
     return "wave" if extractor.model_input_names[0] == "input_values" else "frames"
 
 

@@ -29,11 +29,17 @@ def examples_of(
             frames=features[utterance.id] if features is not None else None,
             source_text=utterance.text,
             target_text=target_text(utterance, condition),
-            duration=utterance.duration,
+            duration=_seconds(utterance, features),
             words=utterance.words,
         )
         for utterance in utterances
     ]
+
+
+def _seconds(utterance: Utterance, features: Features | None) -> float:
+    if utterance.duration is not None:
+        return utterance.duration
+    return features.seconds(utterance.id) if features is not None else 0.0
 
 
 def training_examples(

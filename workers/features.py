@@ -105,7 +105,7 @@ class Features(Mapping[str, torch.Tensor]):
         """
         self.folder = folder
         try:
-            index = pq.read_table(folder / INDEX_FILE, columns=["id", "start", "frames"])
+            index = pq.read_table(folder / INDEX_FILE, columns=["id", "start", "frames", "seconds"])
             # The handle owns the memory map, so it lives as long as this object.
             self._file = safe_open(folder / FEATURES_FILE, framework="pt")
             self._frames = self._file.get_slice("frames")
@@ -118,6 +118,8 @@ class Features(Mapping[str, torch.Tensor]):
                 columns["id"], columns["start"], columns["frames"], strict=True
             )
         }
+
+        self._seconds = dict(zip(columns["id"], columns["seconds"], strict=True))
 
     @property
     def dim(self) -> int:
@@ -134,6 +136,10 @@ class Features(Mapping[str, torch.Tensor]):
             raise InvalidInput(f"utterance {name!r} was not encoded", str(self.folder))
         start, end = self._places[name]
         return torch.as_tensor(self._frames[start:end]).float()
+
+    def seconds(self, name: str) -> float:
+        """Length of the utterance's audio."""
+        return float(self._seconds[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -230,7 +230,7 @@ def reload_gate(
             output_loading_info=True,
             local_files_only=True,
         )
-    except Exception as error:  # noqa: BLE001  a damaged folder fails in any way it likes
+    except Exception as error:  # a damaged folder fails in any way it likes
         raise InvalidInput(f"the folder does not open: {_first_line(error)}", where) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -275,7 +275,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model else model
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
@@ -355,11 +356,15 @@ def _cut_settings(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, An
         elif name in _BOTTOM_COUNTS:
             if isinstance(value, int) and value < count:
                 changed[name] = sum(i < value for i in kept)
-        elif isinstance(value, list | tuple) and len(value) == count and "token" not in name:
-            if name not in ("architectures", "labels"):
-                changed[name] = type(value)(value[i] for i in kept)
+        elif isinstance(value, list | tuple) and len(value) == count and _per_layer(name):
+            changed[name] = type(value)(value[i] for i in kept)
     changed["num_hidden_layers"] = len(kept)
     return changed
+
+
+def _per_layer(name: str) -> bool:
+    # Other lists that may happen to be as long as the decoder is deep.
+    return "token" not in name and name not in ("architectures", "labels")
 
 
 def _check_rebuilt(
@@ -375,7 +380,7 @@ def _check_rebuilt(
         setattr(config, name, copy.deepcopy(value))
     whole, cut = _skeleton(parts, parts.config), _skeleton(parts, config)
     place = next(name for name, module in parts.stack.named_modules() if module is parts.layers)
-    layers, cut_layers = whole.get_submodule(place), cut.get_submodule(place)
+    layers, cut_layers = [list(m.get_submodule(place).children()) for m in (whole, cut)]
     for new, old in enumerate(kept):
         difference = _difference(layers[old], cut_layers[new])
         if difference:
@@ -411,7 +416,7 @@ def _skeleton(parts: DecoderParts, config: PreTrainedConfig) -> nn.Module:
         reread = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
         with torch.device("meta"):
             return type(parts.stack)(reread)
-    except Exception as error:  # noqa: BLE001  what a model's own code raises is its business
+    except Exception as error:  # what a model's own code raises is its own affair
         raise InvalidInput(
             f"{type(parts.stack).__name__} cannot be cut: its configuration does not hold "
             f"together with {config.num_hidden_layers} layers: {_first_line(error)}",
@@ -425,9 +430,8 @@ def _difference(one: nn.Module, other: nn.Module) -> str | None:
     ones, others = dict(one.named_modules()), dict(other.named_modules())
     for name, module in ones.items():
         twin = others.get(name)
-        if type(module) is not type(twin):
+        if twin is None or type(module) is not type(twin):
             return name or "its class"
-        assert twin is not None
         for attribute, value in _plain_attributes(module).items():
             if vars(twin).get(attribute) != value:
                 return f"{name}.{attribute}".lstrip(".")

@@ -17,6 +17,7 @@ from orchestrator.report.scores import (
     of_selector,
     selectors,
 )
+from orchestrator.report.verdict import percent, points
 
 _STYLES = {
     "none": (ORANGE, "x", "solid"),
@@ -45,7 +46,9 @@ def curve_figure(model: str, cells: pd.DataFrame, tolerance: float) -> Figure | 
     if not names or not of_model["scored"].any():
         return None
     encoders = sorted(of_model["encoder"].dropna().unique())
-    pairs = of_model[["encoder", "condition"]].drop_duplicates().sort_values(["encoder", "condition"])
+    pairs = (
+        of_model[["encoder", "condition"]].drop_duplicates().sort_values(["encoder", "condition"])
+    )
     choices: list[tuple[str, pd.Series]] = [(_MEAN, pd.Series(True, index=of_model.index))]
     if len(encoders) > 1:
         choices += [(f"mean, {e}", of_model["encoder"] == e) for e in encoders]
@@ -66,12 +69,12 @@ def curve_figure(model: str, cells: pd.DataFrame, tolerance: float) -> Figure | 
                 views[f"{selector}|{label}"] = view
     return Figure(
         identity=f"curves-{model}",
-        title="Score against depth",
+        title="WER and BLEU against layers removed",
         summary=f"WER and BLEU of {model} against layers removed, a line a healing mode",
         caption=(
             "Bars are 95 % intervals over test utterances, averaged over seeds (smaller marks: "
             "single seeds). Dotted lines: the unpruned control under the same healing; the grey "
-            f"band lies within {tolerance:g} points of the best control. ✕ at the foot: no score; "
+            f"band lies within {points(tolerance)} of the best control. ✕ at the foot: no score; "
             "hover for the reason."
         ),
         views=views,
@@ -262,4 +265,4 @@ def _heal_name(heal: str) -> str:
 
 
 def _depth_text(depth: int, layers: float) -> str:
-    return f"{depth}<br>{depth / layers:.0%}" if layers and not pd.isna(layers) else str(depth)
+    return f"{depth}<br>{percent(depth / layers)}" if layers and not pd.isna(layers) else str(depth)

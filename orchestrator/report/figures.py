@@ -75,6 +75,7 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "hoverlabel": {"font": {"size": 12}},
         "dragmode": False,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)"},
         "showlegend": False,
     } | more
 
@@ -250,7 +251,9 @@ def strip_figure(
     blocks = chosen_blocks(maps[maps["model"] == model], depths, pool)
     blocks["label"] = [
         plain(MapCondition(*key).label)
-        for key in blocks[list(MapCondition._fields)].replace({np.nan: None}).itertuples(index=False)
+        for key in blocks[list(MapCondition._fields)]
+        .replace({np.nan: None})
+        .itertuples(index=False)
     ]
     order = sorted(measured.distances, key=lambda c: (c.adapted, c.modality == "speech", *_text(c)))
     labels = [plain(c.label) for c in order]

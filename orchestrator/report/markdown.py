@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.report.scores import metric_name
 from orchestrator.report.summary import LAB_LIMITS, Failure, RunSummary
+from orchestrator.report.verdict import percent
 
 
 def markdown(
@@ -23,7 +24,7 @@ def markdown(
         lines += [_cell(section["note"]), ""]
         rows = [
             [
-                str(r.depth), f"{r.fraction:.0%}", r.block, r.heal,
+                str(r.depth), percent(r.fraction), r.block, r.heal,
                 "; ".join(
                     f"{metric_name(c.metric)}{'' if c.in_domain else ' (out of domain)'} "
                     f"{c.control.value:.1f} → {c.pruned}" for c in r.changes
@@ -42,7 +43,7 @@ def markdown(
                 _figure(c["chance"]), _figure(c["with"].p_value, 4), _figure(c["with"].spearman),
                 _figure(c["without"].spearman if c["without"] is not None else None),
                 _figure(c["with"].regret_max, 3), str(c["with"].conditions),
-                f"{c['with'].coverage:.0%}",
+                percent(c['with'].coverage),
             ]
             for c in section["consensus"]
         ]  # fmt: skip

@@ -21,6 +21,7 @@ from orchestrator.consensus import (
     WITHOUT_LAYER_0,
     agreement_between_models,
     chance_jaccard,
+    model_maps,
 )
 from orchestrator.report.curves import curve_figure
 from orchestrator.report.figures import Figure, frequency_figure, map_figure, strip_figure
@@ -28,7 +29,13 @@ from orchestrator.report.markdown import markdown
 from orchestrator.report.scores import METRIC_NAMES, primary_cells, task_label
 from orchestrator.report.summary import LAB_LIMITS, Failure, RunSummary
 from orchestrator.report.tables import TABLES, replace_text, typed, write_tables
-from orchestrator.report.verdict import Recommendation, layers_text, recommendations, verdict
+from orchestrator.report.verdict import (
+    Recommendation,
+    layers_text,
+    percent,
+    recommendations,
+    verdict,
+)
 
 _HERE = Path(__file__).parent
 _STATUSES = ("done", "pending", "skipped", "suspect", "blocked", "failed")
@@ -69,12 +76,12 @@ def build_report(
     given = {"results": results, "maps": maps, "consensus": consensus, "profile": profile}
     tables = {name: typed(table, TABLES[name]) for name, table in given.items()}
     cells = primary_cells(tables["results"])
-    advice = recommendations(cells, tables["consensus"], summary.tolerance)
+    advice = recommendations(
+        cells, tables["consensus"], model_maps(tables["maps"], summary.pool), summary.tolerance
+    )
     models = sorted({str(m) for t in tables.values() for m in t["model"].dropna().unique()})
     depths = _depths(tables, summary)
-    sections = [
-        _model_section(model, tables, cells, advice, summary, depths) for model in models
-    ]
+    sections = [_model_section(model, tables, cells, advice, summary, depths) for model in models]
     missing = missing_cells(cells)
     statuses = _counts(cells["status"])
     out.mkdir(parents=True, exist_ok=True)
@@ -305,11 +312,16 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _number(value: Any, digits: int = 2) -> str:
-    return "–" if value is None or pd.isna(value) else f"{float(value):.{digits}f}"
+    if value is None or pd.isna(value):
+        return "–"
+    text = f"{float(value):.{digits}f}"
+    if text.startswith("-"):
+        text = text[1:] if float(text) == 0 else "−" + text[1:]
+    return text
 
 
 def _percent(value: Any) -> str:
-    return "–" if value is None or pd.isna(value) else f"{float(value):.0%}"
+    return "–" if value is None or pd.isna(value) else percent(float(value))
 
 
 def _duration(seconds: float | None) -> str:

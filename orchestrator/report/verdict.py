@@ -95,8 +95,16 @@ def recommendations(
                 starts = tuple(sorted({int(s) for s in at_depth["block_start"].dropna()}))
                 result.append(
                     _recommend(
-                        str(model), int(layers), depth, starts, names[0], heal, found, agreed,
-                        tolerance, expected,
+                        str(model),
+                        int(layers),
+                        depth,
+                        starts,
+                        names[0],
+                        heal,
+                        found,
+                        agreed,
+                        tolerance,
+                        expected,
                     )  # fmt: skip
                 )
     return result

@@ -41,7 +41,8 @@ def test_capacity_is_what_was_asked_for(cluster):
     assert (capacity.cpus, capacity.gpus, capacity.nodes) == (2, 0, 1)
 
 
-def test_one_process_serves_call_after_call_and_ends_with_the_lease(cluster):
+@pytest.mark.usefixtures("cluster")
+def test_one_process_serves_call_after_call_and_ends_with_the_lease():
     lease = Lease(Shape())
     first = answer(lease.submit("lease_calls:describe", {"a": [1]})[0])
     second = answer(lease.submit("lease_calls:describe", {})[0])
@@ -53,7 +54,8 @@ def test_one_process_serves_call_after_call_and_ends_with_the_lease(cluster):
     assert gone(first["pid"])
 
 
-def test_every_rank_answers(cluster):
+@pytest.mark.usefixtures("cluster")
+def test_every_rank_answers():
     lease = Lease(Shape(ranks=2))
     answers = [answer(reference) for reference in lease.submit("lease_calls:describe", {})]
     lease.close()
@@ -61,7 +63,8 @@ def test_every_rank_answers(cluster):
     assert answers[0]["pid"] != answers[1]["pid"]
 
 
-def test_a_killed_process_is_a_lost_lease_and_its_place_is_free_again(cluster):
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_process_is_a_lost_lease_and_its_place_is_free_again():
     lease = Lease(Shape(cpus=2))
     reference = lease.submit("lease_calls:die", {})[0]
     assert wait([reference], 60) == [reference]

@@ -177,7 +177,9 @@ def test_what_cannot_work_is_refused_at_plan_time(tmp_path, changes, message):
 def manifest(folder, name, lines=2, **extra):
     for i in range(lines):
         soundfile.write(folder / f"{name}{i}.wav", np.zeros(1600 + len(name)), 16000)
-    rows = [{"audio_filepath": f"{name}{i}.wav", "text": f"word {i}", **extra} for i in range(lines)]
+    rows = [
+        {"audio_filepath": f"{name}{i}.wav", "text": f"word {i}", **extra} for i in range(lines)
+    ]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return f"{name}.jsonl"
 
@@ -233,7 +235,9 @@ def test_translation_needs_translations(tmp_path):
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(InvalidInput, match=r"sweep\.models\[0\]\.decoder: model has no config\.json"):
+    with pytest.raises(
+        InvalidInput, match=r"sweep\.models\[0\]\.decoder: model has no config\.json"
+    ):
         plan_of(tmp_path, models=[{"decoder": "model"}])
 
 

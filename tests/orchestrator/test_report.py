@@ -36,7 +36,11 @@ CONDITIONS = [
 ]
 DEPTHS = (0, 2, 4, 6)
 HEALS = ("none", "decoder", "joint")
-WER = {"none": (6.0, 10.3, 30.1, 47.3), "decoder": (5.8, 6.0, 8.7, 19.1), "joint": (5.5, 6.1, 8.1, 18.4)}
+WER = {
+    "none": (6.0, 10.3, 30.1, 47.3),
+    "decoder": (5.8, 6.0, 8.7, 19.1),
+    "joint": (5.5, 6.1, 8.1, 18.4),
+}
 BLEU = {"none": (88.0, 82.8, 46.7, 44.2), "decoder": (89.7, 88.4, 84.2, 68.4), "joint": (90.0, 89.8, 85.8, 69.8)}  # fmt: skip
 
 
@@ -67,13 +71,17 @@ def demo_results(
                                     rows.append(row | {"status": "failed", "reason": why})
                                     continue
                                 if holes and depth == 6:
-                                    rows.append(row | {"status": "pending", "reason": "not yet run"})
+                                    rows.append(
+                                        row | {"status": "pending", "reason": "not yet run"}
+                                    )
                                     continue
                                 if holes and encoder == "conformer" and target and depth == 4:
                                     why = "needs heal lab-llama · conformer · depth 4, which failed"
                                     rows.append(row | {"status": "blocked", "reason": why})
                                     continue
-                                first, second = ("WER", "CER") if task == "asr" else ("BLEU", "chrF")
+                                first, second = (
+                                    ("WER", "CER") if task == "asr" else ("BLEU", "chrF")
+                                )
                                 mean = (WER if task == "asr" else BLEU)[heal][i]
                                 worse = 14 if task == "asr" else -19
                                 value = mean + random.normal(0, 0.5) + (0 if in_domain else worse)
@@ -145,9 +153,7 @@ def demo_summary(**more: object) -> RunSummary:
 
 
 def demo_consensus(maps: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    return typed(
-        consensus_table(maps, DEPTHS, "all", results, permutations=200), CONSENSUS_COLUMNS
-    )
+    return typed(consensus_table(maps, DEPTHS, "all", results, permutations=200), CONSENSUS_COLUMNS)
 
 
 class Page(HTMLParser):

@@ -35,7 +35,9 @@ def test_an_artefact_without_its_marker_does_not_exist(store):
     assert list(store.keys("heal")) == []
 
 
-@pytest.mark.parametrize("marker", ["", "{}", "[]", '{"files": 3}', '{"files": {"gone.bin": {"size": 1}}}'])
+@pytest.mark.parametrize(
+    "marker", ["", "{}", "[]", '{"files": 3}', '{"files": {"gone.bin": {"size": 1}}}']
+)
 def test_a_broken_marker_is_no_marker(store, marker):
     (put(store) / MARKER).write_text(marker)
     assert not store.has("heal", "k1")

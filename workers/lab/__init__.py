@@ -1,0 +1,1 @@
+"""The embedded default: models and speech made on the spot, with nothing to download."""

@@ -1,0 +1,119 @@
+"""Run folders: one driver at a time, and a journal that survives a crash."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from orchestrator.graph import Node, Plan
+from orchestrator.runs import STALE_SECONDS, RunFolder, RunHeld
+from orchestrator.sweep import parse_sweep
+from workers.errors import InvalidInput
+
+SWEEP = {
+    "name": "r",
+    "models": [{"decoder": "lab:llama-tiny"}],
+    "encoders": [{"encoder": "lab:whisper-tiny"}],
+    "tasks": [{"task": "asr", "language": "en", "data": "lab:speech-tiny"}],
+    "depths": [1],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "r")
+    nodes = {
+        "build/a": Node("build/a", "build", {"name": "lab:speech-tiny"}),
+        "encode/b": Node("encode/b", "encode", {}, {"data": "build/a"}),
+        "map/c": Node("map/c", "map", {}, {"features": "encode/b"}),
+    }
+    run.path.mkdir(parents=True)
+    run.start(parse_sweep(SWEEP), tmp_path, tmp_path / "store", Plan("r", nodes))
+    return run
+
+
+def test_a_second_driver_is_turned_away_with_the_firsts_process(folder):
+    with folder.lock():
+        assert folder.held()
+        with pytest.raises(RunHeld, match=str(os.getpid())), folder.lock():
+            pass
+    assert not folder.held()
+    with folder.lock():
+        pass
+
+
+def test_a_second_driver_in_another_process_is_turned_away(folder):
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.runs import *\n"
+        "try:\n  with RunFolder(Path(sys.argv[1])).lock(): print('taken')\n"
+        "except RunHeld: print('held')"
+    )
+    command = [sys.executable, "-c", code, str(folder.path)]
+    with folder.lock():
+        assert subprocess.check_output(command, text=True).strip() == "held"
+    assert subprocess.check_output(command, text=True).strip() == "taken"
+
+
+def test_the_lock_of_a_dead_driver_is_taken_over(folder):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    import socket
+
+    lock = folder.path / "lock.json"
+    lock.write_text(json.dumps({"pid": ended.pid, "host": socket.gethostname(), "token": "x"}))
+    with folder.lock():
+        assert folder.held()
+    assert not lock.exists()
+
+
+def test_a_lock_whose_heart_stopped_on_another_machine_is_taken_over(folder):
+    lock = folder.path / "lock.json"
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
+    assert folder.held()
+    old = time.time() - STALE_SECONDS - 1
+    os.utime(lock, (old, old))
+    assert not folder.held()
+    with folder.lock():
+        pass
+
+
+def test_records_tell_the_story_of_the_newest_try(folder):
+    folder.note("begin")
+    folder.note("done", id="build/a", key="k", reused=True)
+    folder.note("start", id="encode/b", kind="encode", key="q", attempt=1, log="l")
+    folder.note("failed", id="encode/b", **{"class": "invalid", "message": "no"})
+    folder.note("blocked", id="map/c", message="needs encode/b")
+    records = folder.records()
+    assert {i: r.state for i, r in records.items()} == {
+        "build/a": "done", "encode/b": "failed", "map/c": "blocked",
+    }  # fmt: skip
+    assert records["encode/b"].failure == "invalid"
+    folder.note("begin")
+    assert folder.records()["encode/b"].state == "pending"
+    assert folder.records()["build/a"].state == "done"
+
+
+def test_what_ran_when_the_driver_died_is_pending_again(folder):
+    folder.note("begin")
+    folder.note("start", id="build/a", kind="build", key="k", attempt=1, log="l")
+    assert folder.records()["build/a"].state == "pending"
+    with folder.lock():
+        assert folder.records()["build/a"].state == "running"
+
+
+def test_a_journal_cut_short_is_still_read(folder):
+    folder.note("begin")
+    folder.note("done", id="build/a", key="k")
+    with (folder.path / "journal.jsonl").open("a") as file:
+        file.write('{"event": "done", "id": "enc')
+    assert folder.records()["build/a"].state == "done"
+
+
+def test_an_unknown_run_is_refused_with_those_that_exist(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.existing("r").path == folder.path
+    with pytest.raises(InvalidInput, match="runs here: r"):
+        RunFolder.existing("q")
