@@ -10,6 +10,10 @@ from typing import Any, Self
 PROBE_SECONDS = 10.0
 
 
+class BadAddress(ValueError):
+    """An address that must not be used; says why, and what to use."""
+
+
 class ClusterUnreachable(Exception):
     """No Ray cluster answers at the address (which is not the same as a failed job)."""
 
@@ -35,12 +39,12 @@ class Cluster:
 
     Raises:
         ClusterUnreachable: nothing answers at `address`.
-        ValueError: an address of a kind that loses work.
+        BadAddress: an address of a kind that loses work.
     """
 
     def __init__(self, address: str | None = None, cpus: int | None = None) -> None:
         if address is not None and address.startswith("ray://"):
-            raise ValueError(
+            raise BadAddress(
                 f"--address {address}: Ray Client drops work when the connection pauses; "
                 "use auto or host:port on a machine of the cluster, or submit a Ray Job"
             )

@@ -46,6 +46,10 @@ class LeaseLost(Exception):
         self.reason = reason
 
 
+class CallFailed(Exception):
+    """The function could not be called or raised: its process lives, and would do so again."""
+
+
 class Lease:
     """Worker processes held together.
 
@@ -105,6 +109,7 @@ def answer(reference: Any) -> Any:
 
     Raises:
         LeaseLost: the process died before it answered.
+        CallFailed: the function could not be imported, or raised.
     """
     import ray
 
@@ -114,6 +119,8 @@ def answer(reference: Any) -> Any:
         raise LeaseLost(_first_line(error), "host-oom") from None
     except ray.exceptions.RayActorError as error:
         raise LeaseLost(_first_line(error)) from None
+    except ray.exceptions.RayTaskError as error:
+        raise CallFailed(str(error.cause or error).strip()) from None
     except ray.exceptions.RayError as error:
         raise LeaseLost(f"{type(error).__name__}: {_first_line(error)}") from None
 

@@ -234,13 +234,13 @@ def doctor(
 
 def main() -> None:
     """Entry point: turns errors a user can mend into one message and an exit status."""
-    from cluster.connection import ClusterUnreachable
+    from cluster.connection import BadAddress, ClusterUnreachable
     from orchestrator.runs import RunHeld
     from workers.errors import InvalidInput
 
     try:
         app()
-    except InvalidInput as error:
+    except (InvalidInput, BadAddress) as error:
         _complain(str(error), 2)
     except ClusterUnreachable as error:
         _complain(f"{error}; `layersweep doctor` says more", 2)

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -115,6 +115,18 @@ def shared_start(tables: Sequence[pd.DataFrame], depth: int, pool: str) -> int:
             "a block can be shared within one decoder only",
         )
     return _minimax(np.stack(rows))[0]
+
+
+def block_regret(measured: ModelMaps, depth: int, start: int) -> tuple[float, float]:
+    """Mean and largest regret `d_c(start, depth) - min_s d_c(s, depth)` of one block.
+
+    Over the speech conditions of the adapted model; NaN without any such map.
+    """
+    rows = [measured.row(c, depth) for c in measured.distances if _speech(c)]
+    regrets = [row[start] - row.min() for row in rows if row is not None and start < len(row)]
+    if not regrets:
+        return math.nan, math.nan
+    return float(np.mean(regrets)), float(np.max(regrets))
 
 
 def model_maps(maps: pd.DataFrame, pool: str) -> dict[str, ModelMaps]:
@@ -254,7 +266,7 @@ def expected_conditions(
     """The full grid: every encoder × (task, languages), for each kind of map that any model has."""
     tables = [t for t in (maps, results) if t is not None and len(t)]
     names = ["task", "source_language", "target_language"]
-    tasks = {
+    tasks: set[tuple[Any, ...]] = {
         tuple(None if pd.isna(part) else part for part in key)
         for table in tables
         for key in table[names].drop_duplicates().itertuples(index=False, name=None)
@@ -270,7 +282,7 @@ def expected_conditions(
         kinds.add(("speech", True, True))
     return sorted(
         (
-            MapCondition(encoder, *task, modality, adapted)
+            _condition((encoder, *task, modality, adapted))
             for modality, adapted, has_encoder in kinds
             for encoder in (encoders if has_encoder else [None])
             for task in tasks
@@ -446,12 +458,16 @@ def _interval_jaccard(a: Floats, length_a: float, b: Floats, length_b: float) ->
     return np.asarray(overlap / (length_a + length_b - overlap), dtype=np.float64)
 
 
-def _condition(key: Iterable[object]) -> MapCondition:
-    encoder, task, source, target, modality, adapted = (
-        None if pd.isna(part) else part  # type: ignore[call-overload]
-        for part in key
+def _condition(key: Iterable[Any]) -> MapCondition:
+    encoder, task, source, target, modality, adapted = key
+    return MapCondition(
+        None if pd.isna(encoder) else encoder,
+        task,
+        source,
+        None if pd.isna(target) else target,
+        modality,
+        bool(adapted),
     )
-    return MapCondition(encoder, task, source, target, modality, bool(adapted))
 
 
 def _scope_pairs(

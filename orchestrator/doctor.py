@@ -109,12 +109,12 @@ def _synthesis() -> Finding:
 
 
 def _ray(address: str | None) -> Finding:
-    from cluster.connection import Cluster, ClusterUnreachable
+    from cluster.connection import BadAddress, Cluster, ClusterUnreachable
 
     try:
         with Cluster(address) as cluster:
             capacity = cluster.capacity()
-    except (ClusterUnreachable, ValueError) as error:
+    except (ClusterUnreachable, BadAddress) as error:
         return Finding(
             "ray", "fail", str(error), "check the address, and that RAY_AUTH_MODE is the same there"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.lease import Lease, LeaseLost, Shape, answer, wait
+from cluster.lease import CallFailed, Lease, LeaseLost, Shape, answer, wait
 from orchestrator.graph import Plan
 from orchestrator.reuse import Assessment, assess, decide
 from orchestrator.runs import RunFolder
@@ -285,6 +285,8 @@ class Driver:
                 verdict = answer(reference)
             except LeaseLost as lost:
                 verdict = {"status": "failed", "class": lost.reason, "message": str(lost)}
+            except CallFailed as error:
+                verdict = {"status": "failed", "class": "invalid", "message": str(error)}
             if verdict["status"] == "done":
                 detail = {"key": self.plan.key(node_id), "seconds": verdict["seconds"]}
                 self.run.note("done", id=node_id, **detail)

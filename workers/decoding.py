@@ -72,6 +72,8 @@ def greedy(
     Raises:
         InvalidInput: no end-of-sequence token, or an example without frames.
     """
+    if not examples:
+        return []
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
     encoded = encode(model, examples, modality, with_target=False)
     caps = [token_cap(example.duration, settings) for example in examples]

@@ -70,7 +70,7 @@ class RedundancyMap:
     """Layers of the decoder, L."""
     ids: dict[Pool, tuple[str, ...]]
     """Utterances counted in each pool, sorted."""
-    values: dict[Pool, np.ndarray]
+    utterance_values: dict[Pool, np.ndarray]
     """Float32 `[samples, cells]` per pool, 0 to 1: the mean over the utterance's tokens. Cells are
     ordered as `blocks`, rows as `ids`."""
     _drawn: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, repr=False)
@@ -78,7 +78,7 @@ class RedundancyMap:
     @property
     def pools(self) -> tuple[Pool, ...]:
         """Pools that have at least one utterance."""
-        return tuple(self.values)
+        return tuple(self.utterance_values)
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -97,12 +97,12 @@ class RedundancyMap:
                 "depth",
                 f"choose 1 to {self.layers}",
             )
-        if pool not in self.values:
+        if pool not in self.utterance_values:
             raise InvalidInput(
                 f"the map has no pool {pool!r}", "pool", f"choose among {', '.join(self.pools)}"
             )
         columns = [i for i, (_, n) in enumerate(self.blocks) if n == depth]
-        return self.values[pool][:, columns]
+        return self.utterance_values[pool][:, columns]
 
     def table(self) -> pd.DataFrame:
         """One row a cell: pool, start, depth, distance, std_error, samples.
@@ -112,7 +112,7 @@ class RedundancyMap:
         """
         starts, depths = zip(*self.blocks, strict=True)
         parts = []
-        for pool, values in self.values.items():
+        for pool, values in self.utterance_values.items():
             count = len(values)
             wide = values.astype(np.float64)
             spread = wide.std(axis=0, ddof=1) if count > 1 else np.full(wide.shape[1], np.nan)
@@ -169,7 +169,9 @@ class RedundancyMap:
         """Writes `map.parquet` (the table), `values.safetensors` and `map.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.table().to_parquet(folder / "map.parquet", index=False)
-        save_file(dict(self.values), folder / "values.safetensors")
+        save_file(
+            {str(k): v for k, v in self.utterance_values.items()}, folder / "values.safetensors"
+        )
         described = {
             "format": FORMAT,
             "layers": self.layers,
@@ -260,10 +262,7 @@ def redundancy_map(
             on one stream `[batch, time, dim]`.
     """
     parts = decoder_parts(decoder)
-    if samples is None and isinstance(batches, Sized):
-        count = len(batches)
-    else:
-        count = 0
+    count = len(batches) if samples is None and isinstance(batches, Sized) else 0
     rows: dict[Pool, dict[str, np.ndarray]] = {pool: {} for pool in pools}
     seen: set[str] = set()
     for number, batch in enumerate(batches, start=1):
@@ -295,7 +294,7 @@ def redundancy_map(
 
 @contextmanager
 def captured_states(parts: DecoderParts, keep: Tensor) -> Iterator[list[Tensor]]:
-    """Catches the residual stream in every forward pass of `parts.stack` inside the block.
+    """Catches the residual stream in every forward pass of `parts.body` inside the block.
 
     Args:
         parts: the decoder.
@@ -311,7 +310,7 @@ def captured_states(parts: DecoderParts, keep: Tensor) -> Iterator[list[Tensor]]
         stream = hidden[0] if isinstance(hidden, tuple) else hidden
         if not isinstance(stream, Tensor) or stream.ndim != 3:
             raise InvalidInput(
-                f"the layers of {type(parts.stack).__name__} do not pass on one residual stream",
+                f"the layers of {type(parts.body).__name__} do not pass on one residual stream",
                 "decoder",
                 "choose a decoder whose layers read and write [batch, time, dim]",
             )
@@ -394,14 +393,16 @@ def _run(parts: DecoderParts, batch: MapBatch, keep: Tensor) -> list[Tensor]:
         "attention_mask": batch.attention_mask,
         "use_cache": False,
     }
-    if "position_ids" in inspect.signature(parts.stack.forward).parameters:
+    if "position_ids" in inspect.signature(parts.body.forward).parameters:
         given["position_ids"] = batch.position_ids
-    with captured_states(parts, keep) as states, evaluating(parts.stack), torch.no_grad():
+    with captured_states(parts, keep) as states, evaluating(parts.body), torch.no_grad():
         try:
-            parts.stack(**given)
+            parts.body(**given)
         except Exception as error:
             # The class stays what it is: out of memory is handled differently from bad input.
-            layer = f"layer {len(states) - 1}" if states else "the embeddings"
+            layer = (
+                f"layer {min(len(states), len(parts.layers)) - 1}" if states else "the embeddings"
+            )
             error.add_note(f"in {layer} on sample {batch.ids[0]!r} and {len(batch.ids) - 1} more")
             raise
     return states

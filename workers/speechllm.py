@@ -7,13 +7,12 @@ The adapter sits on the decoder alone and is numbered by the layers the decoder 
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -24,12 +23,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from workers.config import LoraSettings, ProjectorConfig, PromptSettings, Settings
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
+from workers.lora import lora_config
 from workers.projectors import Projector, build_projector
 from workers.surgery import decoder_layers
 
@@ -114,7 +115,9 @@ class SpeechLLM(nn.Module):
             projector = build_projector(
                 config.projector, config.encoder_dim, embeddings.shape[1], rms
             )
-            wrapped = get_peft_model(decoder, _lora_config(decoder, config.lora))
+            wrapped = get_peft_model(decoder, lora_config(decoder, config.lora))
+        # peft would write down the folder the decoder was read from on this machine.
+        wrapped.peft_config["default"].base_model_name_or_path = config.decoder_name or None
         for name, parameter in wrapped.named_parameters():
             if "lora_A" in name:
                 fresh = torch.empty(parameter.shape)
@@ -267,7 +270,7 @@ class SpeechLLM(nn.Module):
             decoder, report = AutoModelForCausalLM.from_pretrained(
                 place, dtype="auto", output_loading_info=True, local_files_only=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = open_tokenizer(place, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InvalidInput(
                 f"the decoder cannot be read: {_first_line(error)}", str(place), _AGAIN
@@ -320,51 +323,28 @@ class SpeechLLM(nn.Module):
                 setattr(parent, name, module)
 
 
+def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Opens a tokenizer as the class it was saved as.
+
+    For some families (Qwen2 among them) `AutoTokenizer` puts the family's own class in place of a
+    plain `tokenizer.json`, and every text becomes an empty list of tokens, without a warning.
+
+    Args:
+        source: folder or hub id.
+        options: as `from_pretrained` takes them (`revision`, `trust_remote_code`, …).
+    """
+    declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
+    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    opener = PreTrainedTokenizerFast if plain else AutoTokenizer
+    return cast(PreTrainedTokenizerBase, opener.from_pretrained(source, **options))
+
+
 _DESCRIPTION = "speechllm.json"
 _WEIGHT_FILES = {
     "decoder": "adapter/adapter_model.safetensors",
     "projector": "projector.safetensors",
 }
 _AGAIN = "copy or save the model again"
-
-
-def _lora_config(decoder: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
-    """LoRA anchored to the linear layers inside the decoder's own layers."""
-    layers = decoder_layers(decoder)
-    place = next(name for name, module in decoder.named_modules() if module is layers)
-    linears = {
-        name.partition(".")[2]: None
-        for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    if lora.targets == "all-linear":
-        chosen = list(linears)
-    elif lora.targets == "attention":
-        chosen = [name for name in linears if re.search(r"attn|attention", name)]
-    else:
-        chosen = [name for name in linears if {name, name.rpartition(".")[2]} & set(lora.targets)]
-        names = set(linears) | {name.rpartition(".")[2] for name in linears}
-        unknown = [name for name in lora.targets if name not in names]
-        if unknown:
-            raise InvalidInput(
-                f"the decoder's layers have no linear module {unknown[0]!r}",
-                "lora.targets",
-                f"choose among {', '.join(sorted({n.rpartition('.')[2] for n in linears}))}",
-            )
-    if not chosen:
-        raise InvalidInput(
-            f"the decoder's layers have no linear module for {lora.targets!r}",
-            "lora.targets",
-            f"name modules: {', '.join(sorted(linears))}",
-        )
-    pattern = "|".join(re.escape(name) for name in chosen)
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=rf"{re.escape(place)}\.\d+\.({pattern})",
-        bias="none",
-    )
 
 
 def _read_description(folder: Path) -> tuple[SpeechLLMConfig, dict[str, Any]]:

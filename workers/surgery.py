@@ -64,7 +64,7 @@ class DecoderParts:
     """The decoder's layers, bottom first."""
     path: str
     """Name of `layers` in the model that was asked."""
-    stack: PreTrainedModel
+    body: PreTrainedModel
     """The module that runs the layers, from embeddings to the final norm: no language-model head.
     An adapter that peft put into the layers is part of it."""
     config: PreTrainedConfig
@@ -108,9 +108,9 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
             "decoder",
             "use a decoder-only model whose layers lie in one ModuleList",
         )
-    _, layers, stack = outermost[0]
+    _, layers, body = outermost[0]
     place = next(path for path, module in model.named_modules() if module is layers)
-    return DecoderParts(layers, place, stack, config)
+    return DecoderParts(layers, place, body, config)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -197,7 +197,13 @@ def save_pruned(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidInput("the output folder is not empty", str(out), "name a new folder")
+    # save_pretrained writes class names and dtype into the configuration it saves.
+    configs = {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}
+    settings = [(config, dict(vars(config))) for config in configs.values()]
     model.save_pretrained(out)
+    for config, before in settings:
+        vars(config).clear()
+        vars(config).update(before)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
 
@@ -245,7 +251,7 @@ def reload_gate(
             f"the reloaded model has {theirs} parameters, the one in memory {ours}", where
         )
     with evaluating(model), torch.no_grad():
-        expected, logits = model(**inputs).logits, loaded(**inputs).logits
+        expected, logits = (m(**inputs, use_cache=False).logits for m in (model, loaded))
         exact = expected.device.type == "cpu"
         if not (torch.equal(expected, logits) if exact else _close(expected, logits)):
             raise InvalidInput(
@@ -307,7 +313,7 @@ def _cut(model: nn.Module, layers: Sequence[int]) -> Callable[[], None]:
             for name, value in settings.items():
                 _set(undo, config, name, value)
         for name, value in attributes.items():
-            _set(undo, parts.stack, name, value)
+            _set(undo, parts.body, name, value)
         for new, old in enumerate(kept):
             for module in original[old].modules():
                 for name in _INDEX_NAMES:
@@ -373,19 +379,19 @@ def _check_rebuilt(
     """Holds the decoder the cut configuration describes against the one being cut.
 
     Returns:
-        Attributes of the stack itself that follow from the configuration and change.
+        Attributes of the body itself that follow from the configuration and change.
     """
     config = copy.deepcopy(parts.config)
     for name, value in settings.items():
         setattr(config, name, copy.deepcopy(value))
     whole, cut = _skeleton(parts, parts.config), _skeleton(parts, config)
-    place = next(name for name, module in parts.stack.named_modules() if module is parts.layers)
+    place = next(name for name, module in parts.body.named_modules() if module is parts.layers)
     layers, cut_layers = [list(m.get_submodule(place).children()) for m in (whole, cut)]
     for new, old in enumerate(kept):
         difference = _difference(layers[old], cut_layers[new])
         if difference:
             raise InvalidInput(
-                f"{type(parts.stack).__name__} cannot be cut here: layer {old} would become layer "
+                f"{type(parts.body).__name__} cannot be cut here: layer {old} would become layer "
                 f"{new} and then differ in {difference}, which its position decides",
                 "decoder",
                 "remove another block, or choose another decoder",
@@ -397,7 +403,7 @@ def _check_rebuilt(
     if outside[0] != outside[1]:
         name = next(iter(dict(outside[0].items() ^ outside[1].items())))
         raise InvalidInput(
-            f"{type(parts.stack).__name__} cannot be cut: the size of {name} depends on the number "
+            f"{type(parts.body).__name__} cannot be cut: the size of {name} depends on the number "
             "of layers",
             "decoder",
             _WHOLE,
@@ -406,19 +412,19 @@ def _check_rebuilt(
     return {
         name: value
         for name, value in after.items()
-        if name in before and before[name] != value and vars(parts.stack).get(name) == before[name]
+        if name in before and before[name] != value and vars(parts.body).get(name) == before[name]
     }
 
 
 def _skeleton(parts: DecoderParts, config: PreTrainedConfig) -> nn.Module:
-    """The stack without weights, built from the configuration as a folder would hold it."""
+    """The body without weights, built from the configuration as a folder would hold it."""
     try:
         reread = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
         with torch.device("meta"):
-            return type(parts.stack)(reread)
+            return type(parts.body)(reread)
     except Exception as error:  # what a model's own code raises is its own affair
         raise InvalidInput(
-            f"{type(parts.stack).__name__} cannot be cut: its configuration does not hold "
+            f"{type(parts.body).__name__} cannot be cut: its configuration does not hold "
             f"together with {config.num_hidden_layers} layers: {_first_line(error)}",
             "decoder",
             _WHOLE,
@@ -461,7 +467,7 @@ def _copies_of(model: nn.Module, parts: DecoderParts) -> list[PreTrainedConfig]:
         prefix = f"{prefix}.{name}".lstrip(".")
         above.append(model.get_submodule(prefix))
     found = {id(parts.config): parts.config}
-    for module in (*above, *parts.stack.modules()):
+    for module in (*above, *parts.body.modules()):
         own = getattr(module, "config", None)
         if isinstance(own, PreTrainedConfig):
             text = own.get_text_config(decoder=True)

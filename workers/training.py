@@ -27,7 +27,7 @@ from workers.batches import (
 )
 from workers.config import TrainSettings
 from workers.errors import InvalidInput, NotFinite
-from workers.fused_lora import fused_lora
+from workers.lora import fused_lora
 from workers.speechllm import Part, SpeechLLM
 
 Progress = Callable[[int, int, float], None]
@@ -102,7 +102,8 @@ def train(
     order = _endless_batches([item.length for item in encoded], settings.batch_size, seed)
     losses, norms = [], []
     tokens = positions = 0
-    with torch.random.fork_rng(), _learning(model, parameters), fused_lora(model.decoder):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _learning(model, parameters), fused_lora(model.decoder):
         torch.manual_seed(seed)
         for step in range(settings.steps):
             factor = learning_rate_factor(settings, step)

@@ -7,8 +7,20 @@ from typing import Any
 import pandas as pd
 
 from orchestrator.report.figures import (
-    ACCENT, AMBER, GREEN, GREY, LINE, ORANGE, PINK, Control, Figure, axis, layout, numbers,
-    panel_title, plain,
+    ACCENT,
+    AMBER,
+    GREEN,
+    GREY,
+    LINE,
+    ORANGE,
+    PINK,
+    Control,
+    Figure,
+    axis,
+    layout,
+    numbers,
+    panel_title,
+    plain,
 )  # fmt: skip
 from orchestrator.report.scores import (
     HIGHER_IS_BETTER,
@@ -160,7 +172,7 @@ def _view(rows: pd.DataFrame, tolerance: float) -> dict[str, Any] | None:
 def _complete_units(rows: pd.DataFrame) -> tuple[set[str], int]:
     """Units scored at each (depth, mode) where at least half of them are, and how many there are."""
     expected = rows["unit"].nunique()
-    scored = rows[rows["scored"]].groupby(["depth", "heal"])["unit"].agg(lambda u: frozenset(u))
+    scored = rows[rows["scored"]].groupby(["depth", "heal"])["unit"].unique()
     enough = [units for units in scored if 2 * len(units) >= expected]
     return (set.intersection(*(set(u) for u in enough)) if enough else set()), expected
 

@@ -6,6 +6,7 @@ print. Names that came from data are escaped: Plotly reads a little HTML in its 
 
 import html
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,10 @@ ACCENT, ORANGE, GREEN, PINK, AMBER, GREY = (
     "#3b82c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8a8f98",
 )  # fmt: skip
 """Okabe and Ito's palette, its blue lightened to stand on dark paper too."""
+_FILL = {  # by (translation?, speech?)
+    (False, True): ACCENT, (False, False): "rgba(59,130,196,0.3)",
+    (True, True): GREEN, (True, False): "rgba(0,158,115,0.3)",
+}  # fmt: skip
 LINE = "rgba(128,128,128,0.25)"
 _MOST_DISTANCES = 250_000  # about 2 MB of the page; further pools stay in maps.parquet
 
@@ -116,7 +121,7 @@ def map_figure(
     )
     tasks = list(dict.fromkeys(c[1:4] for c in conditions))
     pools = sorted(of_model["pool"].unique(), key=lambda name: (name != pool, name))
-    views = {}
+    views: dict[str, dict[str, Any]] = {}
     shown = 0
     for name in pools:
         shown += int((of_model["pool"] == name).sum())
@@ -154,7 +159,11 @@ def _map_view(
     height = 148 * len(tasks) + 96
     unit = height - 96
     data: list[dict[str, Any]] = []
-    shape = layout(height, margin={"l": 92, "r": 70, "t": 44, "b": 52}, annotations=[])
+    shape = layout(
+        height,
+        margin={"l": 48 + 8 * max(len(task_label(*t)) for t in tasks), "r": 70, "t": 44, "b": 52},
+        annotations=[],
+    )
     shape["coloraxis"] = {
         "colorscale": "Cividis", "cmin": 0, "cmax": round(top, 4),
         "colorbar": {
@@ -162,6 +171,7 @@ def _map_view(
             "outlinewidth": 0, "title": {"text": "distance", "side": "right"},
         },
     }  # fmt: skip
+    shape["annotations"].append(panel_title("first layer removed", 0.5, 0, yshift=-42))
     gap_x, gap_y = 0.02, 22 / unit
     for row, task in enumerate(tasks):
         bottom = 1 - (row + 1) / len(tasks) + (gap_y if row + 1 < len(tasks) else 0)
@@ -176,17 +186,21 @@ def _map_view(
             right = (column + 1) / len(kinds) - (gap_x / 2 if column + 1 < len(kinds) else 0)
             index = row * len(kinds) + column
             (x_name, x), (y_name, y) = axis("x", index), axis("y", index)
-            last_row = row + 1 == len(tasks)
+            condition = MapCondition(encoder, *task, modality=modality, adapted=adapted)
+            below = [
+                MapCondition(encoder, *t, modality=modality, adapted=adapted)
+                for t in tasks[row + 1 :]
+            ]
+            lowest = not any(other in measured.distances for other in below)
             shape[x_name] = {
                 "domain": [left, right], "anchor": y, "range": [-0.5, layers - 0.5], "dtick":
                 _tick(layers), "tick0": 0, "showgrid": False, "zeroline": False, "fixedrange": True,
-                "showticklabels": last_row, "title": {"text": "first layer removed" if last_row
-                and column == len(kinds) // 2 else "", "standoff": 6},
+                "ticks": "", "showticklabels": lowest,
             }  # fmt: skip
             shape[y_name] = {
                 "domain": [bottom, top_edge], "anchor": x, "range": [0.5, layers + 0.5],
                 "dtick": _tick(layers), "tick0": 0, "showgrid": False, "zeroline": False,
-                "fixedrange": True, "showticklabels": column == 0,
+                "fixedrange": True, "ticks": "", "showticklabels": column == 0,
             }  # fmt: skip
             if row == 0:
                 title = [plain(encoder)] if encoder else []
@@ -194,10 +208,11 @@ def _map_view(
                 shape["annotations"].append(
                     panel_title("<br>".join(title), (left + right) / 2, 1, yshift=4)
                 )
-            condition = MapCondition(encoder, *task, modality, adapted)
             table = measured.distances.get(condition)
             if table is None:
-                shape["annotations"].append(_hole_note(hole(encoder, *task), x, y))
+                shape["annotations"].append(
+                    _hole_note(hole(encoder, *task), (left + right) / 2, middle)
+                )
             else:
                 data += _heat(table, measured.errors[condition], layers, x, y)
     return {"data": data, "layout": shape}
@@ -229,12 +244,12 @@ def _heat(
     ]  # fmt: skip
 
 
-def _hole_note(reason: str, x: str, y: str) -> dict[str, Any]:
-    short = reason if len(reason) <= 30 else reason[:29] + "…"
-    return {
-        "text": f"no map<br>{plain(short)}", "hovertext": plain(reason), "showarrow": False,
-        "xref": f"{x} domain", "yref": f"{y} domain", "x": 0.5, "y": 0.5, "font": {"size": 10},
-    }  # fmt: skip
+def _hole_note(reason: str, x: float, y: float) -> dict[str, Any]:
+    words = textwrap.wrap(reason, 24, max_lines=4, placeholder=" …")
+    return panel_title(
+        "<br>".join(["<b>no map</b>", *map(plain, words)]), x, y, yanchor="middle",
+        hovertext=plain(reason), font={"size": 10},
+    )  # fmt: skip
 
 
 def _tick(layers: int) -> int:
@@ -255,7 +270,7 @@ def strip_figure(
         .replace({np.nan: None})
         .itertuples(index=False)
     ]
-    order = sorted(measured.distances, key=lambda c: (c.adapted, c.modality == "speech", *_text(c)))
+    order = sorted(measured.distances, key=_from_the_top, reverse=True)
     labels = [plain(c.label) for c in order]
     shown = [d for d in depths if 1 <= d <= measured.layers]
     per_row = min(4, max(1, len(shown)))
@@ -304,19 +319,21 @@ def strip_figure(
         summary=f"Best block of each condition over the layers of {model}, a panel a depth",
         caption=(
             "Each bar is the block its own map would remove: blue for ASR, green for translation "
-            "(paler: on text). The amber band is the block that all speech conditions share at the "
+            "(hollow: on text). The amber band is the block that all speech conditions share at the "
             "smallest largest regret. Hover for near-ties."
         ),
         views={"": {"data": data, "layout": shape}},
     )
 
 
-def _text(condition: MapCondition) -> tuple[str, ...]:
-    return tuple(str(part or "") for part in reversed(condition[:4]))
+def _from_the_top(condition: MapCondition) -> tuple[object, ...]:
+    """Speech above text, ASR above translation, encoders side by side."""
+    names = (condition.task, condition.source_language, condition.target_language or "")
+    return (not condition.adapted, condition.modality != "speech", *names, condition.encoder or "")
 
 
 def _bars(blocks: pd.DataFrame, depth: int, x: str, y: str) -> list[dict[str, Any]]:
-    speech = blocks["modality"] == "speech"
+    speech, tasks = list(blocks["modality"] == "speech"), list(blocks["task"])
     hover = []
     for start, distance, ties in zip(
         blocks["block_start"], blocks["distance"], blocks["near_ties"], strict=True
@@ -331,8 +348,8 @@ def _bars(blocks: pd.DataFrame, depth: int, x: str, y: str) -> list[dict[str, An
         "y": list(blocks["label"]), "x": [depth] * len(blocks),
         "base": [int(start) - 0.5 for start in blocks["block_start"]],
         "marker": {
-            "color": [GREEN if task == "ast" else ACCENT for task in blocks["task"]],
-            "opacity": [0.95 if s else 0.5 for s in speech],
+            "color": [_FILL[task == "ast", s] for task, s in zip(tasks, speech, strict=True)],
+            "line": {"width": 1, "color": [GREEN if t == "ast" else ACCENT for t in tasks]},
         },
         "customdata": hover, "hovertemplate": "%{y}<br>%{customdata}<extra></extra>",
     }]  # fmt: skip

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from orchestrator.report.scores import metric_name
 from orchestrator.report.summary import LAB_LIMITS, Failure, RunSummary
 from orchestrator.report.verdict import percent
@@ -80,4 +82,4 @@ def _cell(text: str) -> str:
 
 
 def _figure(value: Any, digits: int = 2) -> str:
-    return "–" if value is None or value != value else f"{float(value):.{digits}f}"  # noqa: PLR0124
+    return "–" if value is None or pd.isna(value) else f"{float(value):.{digits}f}"

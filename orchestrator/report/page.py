@@ -33,6 +33,7 @@ from orchestrator.report.verdict import (
     Recommendation,
     layers_text,
     percent,
+    points,
     recommendations,
     verdict,
 )
@@ -106,6 +107,7 @@ def build_report(
         between=_between(tables["maps"], depths, summary.pool),
         profile=_profile_rows(tables["profile"]),
         metric_names=METRIC_NAMES,
+        tolerance=points(summary.tolerance),
         results_json=_embedded(_columnar(tables["results"])),
         sweep_yaml=yaml.safe_dump(
             json.loads(json.dumps(dict(summary.sweep), default=str)),
@@ -172,8 +174,14 @@ def _model_section(
         rows = of_model[of_model["condition"] == task_label(task, source, target)]
         if encoder is not None:
             rows = rows[rows["encoder"] == encoder]
-        reasons = rows.loc[~rows["scored"], "reason"].dropna()
-        return str(reasons.iloc[0]) if len(reasons) else "not measured"
+        # A map fails with its base, as the control does, or on its own, and then blocks the cuts.
+        reasons = rows.loc[~rows["scored"]].dropna(subset=["reason"])
+        control = reasons["depth"] == 0
+        blocked = (reasons["status"] == "blocked") & reasons["reason"].astype(str).str.contains(
+            "map"
+        )
+        named = reasons.loc[control | blocked, "reason"]
+        return str(named.iloc[0]) if len(named) else "not measured"
 
     maps = tables["maps"]
     made: dict[str, Figure | None] = {
@@ -188,9 +196,28 @@ def _model_section(
         "note": note,
         "advice": own,
         "chosen": _chosen(own),
+        "unscored": _unscored(of_model, own),
+        "scored": (int(of_model["scored"].sum()), len(of_model)),
         "consensus": _consensus_rows(tables, model, depths),
         "figures": {name: _embed_figure(figure) for name, figure in made.items() if figure},
     }
+
+
+def _unscored(cells: pd.DataFrame, advice: Sequence[Recommendation]) -> list[dict[str, Any]]:
+    """Depths that nothing can be said about yet, with the first reason given."""
+    known = {0, *(r.depth for r in advice)}
+    rows = []
+    for depth, at_depth in cells[~cells["depth"].isin(known)].groupby("depth", sort=True):
+        reasons = at_depth["reason"].fillna(at_depth["status"]).dropna()
+        layers = at_depth["layers"].max()
+        rows.append(
+            {
+                "depth": depth,
+                "fraction": None if pd.isna(layers) else depth / layers,
+                "reason": reasons.iloc[0] if len(reasons) else "not yet run",
+            }
+        )
+    return rows
 
 
 def _chosen(advice: Sequence[Recommendation]) -> int | None:
@@ -204,7 +231,7 @@ def _consensus_rows(
     """A row a depth and scope, the figures without layer 0 beside those with it."""
     table = tables["consensus"]
     table = table[(table["model"] == model) & table["depth"].isin(list(depths))]
-    indexed = {(row.depth, row.scope): row for row in table.itertuples()}
+    indexed: dict[tuple[Any, Any], Any] = {(r.depth, r.scope): r for r in table.itertuples()}
     maps = tables["maps"][tables["maps"]["model"] == model]
     layers = int((maps["start"] + maps["depth"]).max()) if len(maps) else None
     rows = []

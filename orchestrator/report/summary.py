@@ -4,19 +4,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-LAB_LIMITS = (
-    "These figures come from the built-in lab: small models trained on the spot on synthesised "
-    "speech with a vocabulary of a few hundred words. They show that the method works, not what a "
-    "large SpeechLLM would do.",
-    "Part of the redundancy is built in: the lab's decoders are grown by copying layers.",
-    "Healing clearly beats no healing; joint against decoder-only healing is a tie within noise. "
-    "Claim nothing from fewer than 300 test utterances a language and 3 seeds.",
-    "The block with the smallest distance is often not the one whose removal hurts least.",
-    "The base model was still improving when its training stopped: compare with the unpruned "
-    "control that was healed just as long, never with the base.",
-    "Layer 0 does most of the work, so correlations that include it are high for a trivial reason: "
-    "read those without it.",
+LAB_LIMITS = tuple(
+    line.strip()
+    for line in """
+These figures come from the built-in lab: small models trained on the spot on synthesised speech \
+with a vocabulary of a few hundred words. They show that the method works, not what a large \
+SpeechLLM would do.
+Part of the redundancy is built in: the lab's decoders are grown by copying layers.
+Healing clearly beats no healing; joint against decoder-only healing is a tie within noise. Claim \
+nothing from fewer than 300 test utterances a language and 3 seeds.
+The block with the smallest distance is often not the one whose removal hurts least.
+The base model was still improving when its training stopped: compare with the unpruned control \
+that was healed just as long, never with the base.
+Layer 0 does most of the work, so correlations that include it are high for a trivial reason: read \
+those without it.
+""".strip().splitlines()
 )
+"""Printed wherever figures of the lab are shown, a sentence or two each."""
 
 
 class Failure(NamedTuple):

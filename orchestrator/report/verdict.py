@@ -1,11 +1,12 @@
 """From scores and consensus to a decision: what to remove, at what cost, how sure that is."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 
-from orchestrator.consensus import chance_jaccard
+from orchestrator.consensus import ModelMaps, block_regret, chance_jaccard
 from orchestrator.report.scores import (
     HIGHER_IS_BETTER,
     Change,
@@ -64,8 +65,21 @@ def layers_text(start: int, depth: int) -> str:
     return f"layer {start}" if depth == 1 else f"layers {start}–{start + depth - 1}"
 
 
+def percent(fraction: float) -> str:
+    """`33 %`, the space unbreakable."""
+    return f"{100 * fraction:.0f}\u00a0%"
+
+
+def points(tolerance: float) -> str:
+    """`1 point`, `0.5 points`."""
+    return f"{tolerance:g} point{'s' if tolerance != 1 else ''}"
+
+
 def recommendations(
-    cells: pd.DataFrame, consensus: pd.DataFrame, tolerance: float
+    cells: pd.DataFrame,
+    consensus: pd.DataFrame,
+    maps: Mapping[str, ModelMaps],
+    tolerance: float,
 ) -> list[Recommendation]:
     """The best-healed pruning per model and depth, by the first selector at hand.
 
@@ -76,37 +90,28 @@ def recommendations(
     Args:
         cells: primary cells of all models (`scores.primary_cells`).
         consensus: the `consensus` table.
+        maps: every model's maps in the pool of the consensus (`consensus.model_maps`).
         tolerance: points a mean score may lose.
     """
     result = []
     for model, of_model in cells.groupby("model", sort=True):
         names = selectors(of_model)
-        layers = of_model["layers"].max()
-        if not names or pd.isna(layers):
+        if not names or of_model["layers"].isna().all():
             continue
         rows = of_selector(of_model, names[0])
-        expected = rows.loc[rows["in_domain"] == True, "unit"].nunique()  # noqa: E712
         for depth in sorted(int(d) for d in rows["depth"].dropna().unique() if d > 0):
-            best = _best_heal(rows, depth)
-            if best is not None:
-                heal, found = best
-                agreed = _agreement(consensus, str(model), depth)
-                at_depth = rows[(rows["depth"] == depth) & (rows["heal"] == heal)]
-                starts = tuple(sorted({int(s) for s in at_depth["block_start"].dropna()}))
-                result.append(
-                    _recommend(
-                        str(model),
-                        int(layers),
-                        depth,
-                        starts,
-                        names[0],
-                        heal,
-                        found,
-                        agreed,
-                        tolerance,
-                        expected,
-                    )  # fmt: skip
-                )
+            agreed = consensus[(consensus["model"] == model) & (consensus["depth"] == depth)]
+            agreed = agreed[agreed["scope"] == "all"]
+            found = _recommend(
+                rows,
+                depth,
+                selector=names[0],
+                agreed=agreed.iloc[0] if len(agreed) else None,
+                measured=maps.get(str(model)),
+                tolerance=tolerance,
+            )
+            if found is not None:
+                result.append(found)
     return result
 
 
@@ -122,24 +127,24 @@ def verdict(of_model: list[Recommendation], tolerance: float) -> tuple[str, str]
             "No verdict yet: no depth is scored together with its control.",
             "It takes the unpruned control and one pruned model under the same healing.",
         )
-    points = f"{tolerance:g} point{'s' if tolerance != 1 else ''}"
+    allowed = points(tolerance)
     good = [r for r in of_model if r.within]
     chosen = max(good, key=lambda r: r.depth) if good else min(of_model, key=_mean_loss)
     costs = ", ".join(
         f"{metric_name(c.metric)} {c.control.value:.1f} → {c.pruned}" for c in chosen.in_domain
     )
-    share = f"{chosen.block} of {chosen.layers} ({chosen.fraction:.0%})"
+    share = f"{chosen.block} of {chosen.layers} ({percent(chosen.fraction)})"
     if good:
         sentence = f"Remove {share}: {costs}."
     else:
         sentence = (
-            f"No tested depth stays within {points} of the unpruned control; the mildest cut, "
+            f"No tested depth stays within {allowed} of the unpruned control; the mildest cut, "
             f"{share}, costs {costs}."
         )
-    return sentence, " ".join(_notes(chosen, points))
+    return sentence, " ".join(_notes(chosen, allowed))
 
 
-def _notes(chosen: Recommendation, points: str) -> list[str]:
+def _notes(chosen: Recommendation, allowed: str) -> list[str]:
     notes = []
     healing = "without healing" if chosen.heal == "none" else f"after {chosen.heal} healing"
     notes.append(f"Both scores {healing}: the control is unpruned and healed equally.")
@@ -150,7 +155,7 @@ def _notes(chosen: Recommendation, points: str) -> list[str]:
         reach = max(c.loss_high for c in chosen.in_domain)
         if math.isfinite(reach):
             notes.append(
-                f"The mean loss is within {points}, but its 95 % interval reaches {reach:.1f}: "
+                f"The mean loss is within {allowed}, but its 95 % interval reaches {reach:.1f}: "
                 "more test data would be needed to be sure."
             )
     worst = max(chosen.in_domain, key=lambda c: c.worst_loss)
@@ -189,32 +194,29 @@ def _mean_loss(recommendation: Recommendation) -> float:
     return sum(c.loss for c in recommendation.in_domain) / len(recommendation.in_domain)
 
 
-def _agreement(consensus: pd.DataFrame, model: str, depth: int) -> pd.Series | None:
-    found = consensus[
-        (consensus["model"] == model)
-        & (consensus["depth"] == depth)
-        & (consensus["scope"] == "all")
-    ]
-    return None if found.empty else found.iloc[0]
-
-
 def _recommend(
-    model: str,
-    layers: int,
+    rows: pd.DataFrame,
     depth: int,
-    starts: tuple[int, ...],
+    *,
     selector: str,
-    heal: str,
-    found: list[Change],
     agreed: pd.Series | None,
+    measured: ModelMaps | None,
     tolerance: float,
-    expected: int,
-) -> Recommendation:
+) -> Recommendation | None:
+    best = _best_heal(rows, depth)
+    if best is None:
+        return None
+    heal, found = best
+    layers = int(rows["layers"].max())
+    chosen = rows.loc[(rows["depth"] == depth) & (rows["heal"] == heal), "block_start"].dropna()
+    starts = tuple(sorted({int(start) for start in chosen}))
+    regret_mean = regret_max = math.nan
+    if measured is not None and len(starts) == 1:
+        regret_mean, regret_max = block_regret(measured, depth, starts[0])
     inside = [c for c in found if c.in_domain]
-    # The consensus row speaks of the minimax block; another selector's block has another regret.
-    same = agreed is not None and starts == (_integer(agreed["block_start"]),)
+    expected = rows.loc[rows["in_domain"].fillna(False).astype(bool), "unit"].nunique()
     return Recommendation(
-        model=model,
+        model=str(rows["model"].iloc[0]),
         layers=layers,
         depth=depth,
         starts=starts,
@@ -224,17 +226,13 @@ def _recommend(
         within=all(c.loss <= tolerance for c in inside),
         established=all(c.loss_high <= tolerance for c in inside),
         missing=expected - sum(c.pruned.units for c in inside),
-        regret_max=_number(agreed, "regret_max") if same else math.nan,
-        regret_mean=_number(agreed, "regret_mean") if same else math.nan,
+        regret_max=regret_max,
+        regret_mean=regret_mean,
         jaccard=_number(agreed, "jaccard"),
         chance=chance_jaccard(layers - depth + 1, depth) if depth <= layers else math.nan,
         p_value=_number(agreed, "p_value"),
         coverage=_number(agreed, "coverage"),
     )
-
-
-def _integer(value: object) -> int | None:
-    return None if pd.isna(value) else int(value)  # type: ignore[call-overload]
 
 
 def _number(row: pd.Series | None, column: str) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.connection import Cluster, ClusterUnreachable
-from cluster.lease import Lease, LeaseLost, Shape, answer, wait
+from cluster.lease import CallFailed, Lease, LeaseLost, Shape, answer, wait
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,15 @@ def test_a_killed_process_is_a_lost_lease_and_its_place_is_free_again():
     again = Lease(Shape(cpus=2))
     assert answer(again.submit("lease_calls:describe", {})[0])["rank"] == 0
     again.close()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_function_that_cannot_be_called_is_told_apart_from_a_lost_process():
+    lease = Lease(Shape())
+    with pytest.raises(CallFailed, match="nosuchmodule"):
+        answer(lease.submit("nosuchmodule:run", {})[0])
+    assert answer(lease.submit("lease_calls:describe", {})[0])["rank"] == 0
+    lease.close()
 
 
 def test_wait_returns_in_time_when_nothing_ends():

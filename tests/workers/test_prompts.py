@@ -78,7 +78,12 @@ def test_digest_changes_with_every_setting():
     settings = PromptSettings()
     others = [
         settings.model_copy(update=change)
-        for change in ({"asr": "{audio}"}, {"ast": "{audio}"}, {"chat": True}, {"target_prefix": ""})
+        for change in (
+            {"asr": "{audio}"},
+            {"ast": "{audio}"},
+            {"chat": True},
+            {"target_prefix": ""},
+        )
     ]
     assert len({digest(s) for s in [settings, *others]}) == 5
     assert digest(settings) == digest(PromptSettings())

@@ -73,7 +73,9 @@ def test_interval_is_that_of_resampling_utterances():
     rng = np.random.default_rng(3)
     references = ["eins zwei drei vier fünf"] * 60
     wrong = rng.integers(0, 6, 60)
-    hypotheses = [" ".join(["x"] * w + r.split()[w:]) for w, r in zip(wrong, references, strict=True)]
+    hypotheses = [
+        " ".join(["x"] * w + r.split()[w:]) for w, r in zip(wrong, references, strict=True)
+    ]
     wer, _ = score_asr(references, hypotheses, "de")
     means = [wrong[rng.integers(0, 60, 60)].mean() * 20 for _ in range(4000)]
     low, high = np.percentile(means, [2.5, 97.5])

@@ -1,15 +1,31 @@
 import json
 
+import numpy as np
 import pytest
 import torch
-from tiny_speechllm import shake, tiny_config, tiny_decoder, tiny_examples, tiny_speechllm, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from tiny_speechllm import (
+    shake,
+    tiny_config,
+    tiny_decoder,
+    tiny_examples,
+    tiny_speechllm,
+    tiny_tokenizer,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
 from workers.batches import collate, encode
 from workers.config import DecodeSettings, LoraSettings, ProjectorConfig, PromptSettings
 from workers.decoding import greedy
+from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
-from workers.speechllm import SpeechLLM, SpeechLLMConfig
+from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
 from workers.surgery import pruned
 
 SETTINGS = DecodeSettings(tokens_per_second=2, extra_tokens=6)
@@ -34,6 +50,24 @@ def test_saved_and_read_again_it_says_the_same(family, tmp_path):
     assert torch.equal(logits(model, examples), logits(again, examples))
     assert greedy(model, examples, SETTINGS) == greedy(again, examples, SETTINGS)
     assert again.config == model.config
+
+
+def test_the_encoder_goes_with_it(tmp_path):
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=8, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, num_mel_bins=80,
+    )  # fmt: skip
+    encoder = SpeechEncoder(WhisperModel(config), WhisperFeatureExtractor())
+    model = SpeechLLM.create(
+        tiny_decoder(), tiny_tokenizer(), SpeechLLMConfig(encoder_dim=8), 0, encoder
+    )
+    model.save_pretrained(tmp_path)
+    again = SpeechLLM.from_pretrained(tmp_path)
+    AutoModel.from_pretrained(tmp_path / "encoder")
+    sound = np.sin(np.arange(8000) / 7, dtype=np.float32)
+    assert again.encoder is not None
+    assert torch.equal(again.encoder.encode([sound])[0], encoder.encode([sound])[0])
 
 
 def test_decoder_folder_is_the_plain_model(tmp_path):
@@ -72,8 +106,24 @@ def test_trained_weights_move_into_another_model_of_the_same_shape(tmp_path):
     assert not torch.equal(logits(model, examples), logits(other, examples))
     other.load_trained(tmp_path)
     assert torch.equal(logits(model, examples), logits(other, examples))
+    plain = PeftModel.from_pretrained(tiny_decoder(), tmp_path / "adapter")
+    ids = torch.tensor([[1, 14, 15, 16]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model.causal_lm(ids).logits)
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (adapter["peft_type"], adapter["r"]) == ("LORA", 4)
+
+
+def test_no_path_of_this_machine_is_written_down(tmp_path):
+    tiny_decoder().save_pretrained(tmp_path / "home")
+    tiny_tokenizer().save_pretrained(tmp_path / "home")
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "home")
+    tokenizer = open_tokenizer(tmp_path / "home")
+    model = SpeechLLM.create(decoder, tokenizer, tiny_config(), seed=0)
+    model.save_pretrained(tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file.name
 
 
 def test_adapter_of_a_pruned_model_fits_only_a_decoder_cut_alike(tmp_path):
@@ -177,16 +227,17 @@ def test_a_new_adapter_changes_nothing_and_a_shaken_one_can_be_switched_off():
 @pytest.mark.parametrize(
     ("targets", "modules"),
     [
-        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "all-linear",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         (["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
     ],
 )
 def test_lora_sits_on_the_decoders_layers_alone(targets, modules):
     model = tiny_speechllm(lora=LoraSettings(rank=4, targets=targets))
-    adapted = {
-        name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name
-    }
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     assert {name.rpartition(".")[2] for name in adapted} == modules
     assert all(".layers." in name for name in adapted)
     assert len(adapted) == 3 * len(modules)
@@ -215,7 +266,9 @@ def test_text_and_speech_differ_in_what_stands_for_the_audio():
     assert "audio" not in text.pools
     for row, example in enumerate(examples):
         words = len(example.source_text.split())
-        assert speech.pools["audio"][row].sum() == model.projector.output_length(len(example.frames))
+        assert speech.pools["audio"][row].sum() == model.projector.output_length(
+            len(example.frames)
+        )
         prompt = speech.pools["prompt"][row].sum()
         assert text.pools["prompt"][row].sum() == prompt + words
 

@@ -1,16 +1,26 @@
 """Small real SpeechLLMs with random weights, and examples for them."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-from transformers import Qwen2ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from workers.batches import Example
 from workers.config import Condition, LoraSettings, ProjectorConfig
 from workers.speechllm import SpeechLLM, SpeechLLMConfig
 
-WORDS = "the red blue house car dog runs sleeps big small das rote haus hund gross klein".split()
-PROMPT_WORDS = "Transcribe Translate English German French to : Text user assistant".split()
+WORDS = [
+    "the", "red", "blue", "house", "car", "dog", "runs", "sleeps", "big", "small", "das", "rote",
+    "haus", "hund", "gross", "klein",
+]  # fmt: skip
+PROMPT_WORDS = [
+    "Transcribe", "Translate", "English", "German", "French", "to", ":", "Text", "user", "assistant",
+]  # fmt: skip
 ENCODER_DIM = 6
 ASR = Condition(task="asr", source_language="en")
 AST = Condition(task="ast", source_language="de", target_language="en")
@@ -21,8 +31,6 @@ def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
     vocabulary = {w: i for i, w in enumerate([*special, *PROMPT_WORDS, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
