@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
+"""Keep freed memory in the process: tensors of a training step come and go every time."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -66,7 +69,7 @@ class Lease:
         bundle = {"CPU": shape.cpus} | ({"GPU": shape.gpus} if shape.gpus else {})
         self._group = placement_group([bundle] * shape.ranks, strategy="PACK")
         threads = str(max(1, int(shape.cpus)))
-        environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **MALLOC}
         if not shape.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         actor = ray.remote(max_restarts=0, max_task_retries=0)(Rank)

@@ -108,7 +108,9 @@ def test_nothing_is_unpickled_or_evaluated():
 
 
 def test_every_module_says_what_it_is():
-    silent = [name_of(path) for path in FILES if not (ast.get_docstring(parsed(path)) or "").strip()]
+    silent = [
+        name_of(path) for path in FILES if not (ast.get_docstring(parsed(path)) or "").strip()
+    ]
     assert not silent, f"no module docstring: {', '.join(silent)}"
 
 

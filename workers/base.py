@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from workers.speechllm import SpeechLLM, SpeechLLMConfig
+from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
 from workers.stages import Context, Input
 from workers.surgery import pruned
 
@@ -34,7 +34,7 @@ def load_decoder(
             "revision": source.revision,
             "trust_remote_code": params["trust_remote_code"],
         }
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+        tokenizer = open_tokenizer(source.path, **options)
         decoder = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=getattr(torch, params["dtype"]), **options
         )

@@ -29,8 +29,10 @@ from workers.surgery import DecoderParts, decoder_parts, evaluating
 FORMAT = 1
 _STATE_BYTES = 2 << 30
 """States of one forward pass kept at a time; larger batches are split by rows."""
-_CHUNK_BYTES = 32 << 20
-"""Float64 copies of states worked on at a time."""
+_CHUNK_BYTES = (4 << 20, 256 << 20)
+"""Float64 copies of states worked on at a time: what a CPU's cache holds, and an accelerator."""
+_CHUNK_TOKENS = 64
+"""The least, however wide the decoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +360,6 @@ def _measure(
     states = _run(parts, batch, keep)
     rows = keep // real.shape[1]
     precision = torch.float32 if device.type == "mps" else torch.float64
-    scales = _lengths(states, rows, batch, precision).reciprocal()
 
     # One weight per pool, utterance and token: means over tokens become one matrix product.
     counts = masks.sum(2)
@@ -372,13 +373,18 @@ def _measure(
     upper = torch.triu_indices(ends, ends, offset=1, device=device)
     cells = upper[0] * ends + upper[1]
     means = torch.zeros(len(present), len(batch.ids), len(cells), dtype=precision, device=device)
-    step = max(1, _CHUNK_BYTES // (ends * states[0].shape[1] * 8))
+    squares = torch.empty(len(keep), ends, dtype=precision, device=device)
+    step = max(_CHUNK_TOKENS, _CHUNK_BYTES[device.type != "cpu"] // (ends * states[0].shape[1] * 8))
     for start in range(0, len(keep), step):
         here = slice(start, start + step)
-        units = torch.stack([state[here].to(precision) for state in states], dim=1)
-        units *= scales[here].unsqueeze(2)
-        cosines = (units @ units.mT).flatten(1).index_select(1, cells)
-        means += weights[:, :, here] @ (cosines.clamp_(-1, 1).arccos_() / torch.pi)
+        chunk = torch.stack([state[here] for state in states], dim=1).to(precision)
+        products = chunk @ chunk.mT
+        squares[here] = products.diagonal(dim1=1, dim2=2)
+        # Scaled last, and by the root of the product: equal states give exactly 1.
+        scales = (squares[here][:, upper[0]] * squares[here][:, upper[1]]).sqrt_()
+        cosines = products.flatten(1).index_select(1, cells).div_(scales)
+        means += weights[:, :, here] @ cosines.clamp_(-1, 1).arccos_().div_(torch.pi)
+    _check_states(squares, states, rows, batch)
 
     found, measured = counts.cpu(), means.double().cpu().numpy()
     return {
@@ -408,16 +414,11 @@ def _run(parts: DecoderParts, batch: MapBatch, keep: Tensor) -> list[Tensor]:
     return states
 
 
-def _lengths(
-    states: Sequence[Tensor], rows: Tensor, batch: MapBatch, precision: torch.dtype
-) -> Tensor:
-    """Length of every state `[tokens, L+1]`, all finite and above 0."""
-    lengths = torch.stack(
-        [torch.linalg.vector_norm(state, dim=1, dtype=precision) for state in states], dim=1
-    )
-    good = lengths.isfinite() & (lengths > 0)
+def _check_states(squares: Tensor, states: Sequence[Tensor], rows: Tensor, batch: MapBatch) -> None:
+    """Refuses states that have no direction; `squares` are their squared lengths."""
+    good = squares.isfinite() & (squares > 0)
     if bool(good.all()):
-        return lengths
+        return
     state = int((~good).any(0).nonzero()[0])
     token = int((~good[:, state]).nonzero()[0])
     value = states[state][token]

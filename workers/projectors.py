@@ -123,9 +123,9 @@ class ConvProjector(Projector):
         self.out = nn.Linear(config.hidden, decoder_dim)
         self.norm = ScaledNorm(decoder_dim, embedding_rms)
 
-    def project(self, frames: Tensor, real: Tensor) -> Tensor:
-        """Convolves twice; the first one's bias must not reach the second beyond the end."""
-        x = functional.gelu(self.local(frames.transpose(1, 2))) * real[:, None]
+    def project(self, frames: Tensor, real: Tensor) -> Tensor:  # noqa: ARG002
+        """Convolves twice; beyond the end both see zeros, in a batch as alone."""
+        x = functional.gelu(self.local(frames.transpose(1, 2)))
         x = functional.gelu(self.strided(x)).transpose(1, 2)
         return self.norm(self.out(x))
 
@@ -164,7 +164,7 @@ class QFormerProjector(Projector):
         batch, time, _ = frames.shape
         windows = batch * time // self.stack
         mask = real.reshape(windows, 1, 1, self.stack)
-        # An empty window would be NaN, also in the backward pass; its result is thrown away.
+        # What attention makes of an empty window (NaN, in some kernels) would reach the gradients.
         mask = mask | ~mask.any(-1, keepdim=True)
         keys = self.inward(frames).reshape(windows, self.stack, -1)
         keys, values = self.key_value(self.norm_frames(keys + self.positions)).chunk(2, dim=-1)

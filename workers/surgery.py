@@ -258,7 +258,7 @@ def reload_gate(
                 f"the reloaded model's logits differ by up to {_gap(expected, logits):.2g}", where
             )
         for name, one in (("model in memory", model), ("reloaded model", loaded)):
-            gap = _cache_gap(one, inputs, new_tokens)
+            gap = _cache_gap(one, inputs, new_tokens, where)
             if gap is not None:
                 raise InvalidInput(
                     f"the {name} decodes differently with the cache than without: logits differ "
@@ -489,7 +489,7 @@ def _refill(layers: nn.ModuleList, content: Sequence[nn.Module]) -> None:
 
 
 def _cache_gap(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens: int
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens: int, where: str
 ) -> float | None:
     """Largest difference of logits between cached steps and one uncached run, if it is too large."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -508,10 +508,10 @@ def _cache_gap(
             return_dict_in_generate=True,
             pad_token_id=pad,
         )
-    except (IndexError, KeyError, RuntimeError) as error:
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise InvalidInput(f"decoding with the cache fails: {_first_line(error)}") from error
+        raise InvalidInput(f"decoding with the cache fails: {_first_line(error)}", where) from error
     cached = torch.stack(decoded.logits, dim=1)
     given["input_ids"] = decoded.sequences[:, :-1]
     given["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), new_tokens - 1)], dim=1)

@@ -1,7 +1,9 @@
 """Scores against depth as a figure: a line a healing mode, the control, and holes shown as holes."""
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -24,9 +26,11 @@ from orchestrator.report.figures import (
 )  # fmt: skip
 from orchestrator.report.scores import (
     HIGHER_IS_BETTER,
+    Cell,
     mean_score,
     metric_name,
     of_selector,
+    records,
     selectors,
 )
 from orchestrator.report.verdict import percent, points
@@ -98,11 +102,16 @@ def curve_figure(model: str, cells: pd.DataFrame, tolerance: float) -> Figure | 
 
 
 def _view(rows: pd.DataFrame, tolerance: float) -> dict[str, Any] | None:
+    cells: dict[tuple[str, bool], list[Cell]] = defaultdict(list)
+    for cell in records(rows):
+        cells[cell.metric, bool(cell.in_domain)].append(cell)
     panels = [
         (metric, in_domain)
-        for metric in sorted(rows["metric"].unique(), key=lambda m: (m in HIGHER_IS_BETTER, m))
+        for metric in sorted(
+            {metric for metric, _ in cells}, key=lambda m: (m in HIGHER_IS_BETTER, m)
+        )
         for in_domain in (True, False)
-        if ((rows["metric"] == metric) & (rows["in_domain"] == in_domain)).any()
+        if (metric, in_domain) in cells
     ]
     if not panels:
         return None
@@ -137,7 +146,7 @@ def _view(rows: pd.DataFrame, tolerance: float) -> dict[str, Any] | None:
             "fixedrange": True, "rangemode": "tozero" if metric not in HIGHER_IS_BETTER else "normal",
             "title": {"text": metric_name(metric) + " (%)", "standoff": 4},
         }  # fmt: skip
-        of_panel = rows[(rows["metric"] == metric) & (rows["in_domain"] == in_domain)]
+        of_panel = cells[metric, in_domain]
         complete, expected = _complete_units(of_panel)
         where = "in domain" if in_domain else "out of domain"
         note = "" if len(complete) == expected else f", {len(complete)} of {expected} conditions"
@@ -146,12 +155,13 @@ def _view(rows: pd.DataFrame, tolerance: float) -> dict[str, Any] | None:
         controls = []
         for place, heal in enumerate(heals):
             offset = (place - (len(heals) - 1) / 2) * 0.05 * max(1, depths[-1] / 6)
-            line = _line(of_panel[of_panel["heal"] == heal], complete, depths, offset, heal, x, y)
+            of_heal = [cell for cell in of_panel if cell.heal == heal]
+            line = _line(of_heal, complete, depths, offset, heal, x, y)
             holes = line.pop("holes")
             line["showlegend"] = heal not in named
             named.add(heal)
             data.append(line)
-            data += _seeds(of_panel[of_panel["heal"] == heal], complete, offset, heal, x, y)
+            data += _seeds(of_heal, complete, offset, heal, x, y)
             if depths[0] == 0 and line["y"] and line["y"][0] is not None:
                 controls.append(line["y"][0])
                 data.append(_control(line["y"][0], depths, heal, x, y))
@@ -169,16 +179,19 @@ def _view(rows: pd.DataFrame, tolerance: float) -> dict[str, Any] | None:
     return {"data": data, "layout": shape}
 
 
-def _complete_units(rows: pd.DataFrame) -> tuple[set[str], int]:
+def _complete_units(cells: Sequence[Cell]) -> tuple[set[str], int]:
     """Units scored at each (depth, mode) where at least half of them are, and how many there are."""
-    expected = rows["unit"].nunique()
-    scored = rows[rows["scored"]].groupby(["depth", "heal"])["unit"].unique()
-    enough = [units for units in scored if 2 * len(units) >= expected]
-    return (set.intersection(*(set(u) for u in enough)) if enough else set()), expected
+    expected = len({cell.unit for cell in cells})
+    scored: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for cell in cells:
+        if cell.scored:
+            scored[cell.depth, cell.heal].add(cell.unit)
+    enough = [units for units in scored.values() if 2 * len(units) >= expected]
+    return (set.intersection(*enough) if enough else set()), expected
 
 
 def _line(
-    rows: pd.DataFrame,
+    cells: Sequence[Cell],
     complete: set[str],
     depths: Sequence[int],
     offset: float,
@@ -189,22 +202,23 @@ def _line(
     colour, symbol, dash = _STYLES.get(heal, (GREY, "circle", "solid"))
     values, above, below, texts, holes = [], [], [], [], []
     for depth in depths:
-        at_depth = rows[rows["depth"] == depth]
-        scored = at_depth[at_depth["scored"]]
-        if not complete or not complete <= set(scored["unit"]):
+        at_depth = [cell for cell in cells if cell.depth == depth]
+        scored = [cell for cell in at_depth if cell.scored]
+        if not complete or not complete <= {cell.unit for cell in scored}:
             values.append(math.nan)
             above.append(math.nan)
             below.append(math.nan)
             texts.append("")
-            if len(at_depth):
+            if at_depth:
                 holes.append((depth, _why(at_depth)))
             continue
-        score = mean_score(scored[scored["unit"].isin(complete)])
+        used = [cell for cell in scored if cell.unit in complete]
+        score = mean_score(used)
         values.append(score.value)
         above.append(score.high - score.value)
         below.append(score.value - score.low)
-        seeds = scored["seed"].nunique()
-        texts.append(f"{score}, {score.units} conditions, {max(1, seeds)} seeds")
+        runs = sum(cell.unit in complete for cell in at_depth)
+        texts.append(f"{score}<br>{score.units} conditions, {len(used)} of {runs} runs")
     return {
         "type": "scatter", "mode": "lines+markers", "xaxis": x, "yaxis": y, "name": _heal_name(heal),
         "legendgroup": heal, "x": [d + offset for d in depths], "y": numbers(values, 3),
@@ -219,18 +233,20 @@ def _line(
 
 
 def _seeds(
-    rows: pd.DataFrame, complete: set[str], offset: float, heal: str, x: str, y: str
+    cells: Sequence[Cell], complete: set[str], offset: float, heal: str, x: str, y: str
 ) -> list[dict[str, Any]]:
-    scored = rows[rows["scored"] & rows["unit"].isin(complete)]
-    if scored["seed"].nunique() < 2:
+    runs: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+    for cell in cells:
+        if cell.scored and cell.unit in complete and not pd.isna(cell.seed):
+            runs[cell.depth, cell.seed][cell.unit] = cell.value
+    points = [(key, fmean(v.values())) for key, v in sorted(runs.items()) if set(v) == complete]
+    if len({seed for _, seed in runs}) < 2:
         return []
-    points = scored.groupby(["depth", "seed"])["value"].agg(["mean", "size"]).reset_index()
-    points = points[points["size"] == len(complete)]
     colour = _STYLES.get(heal, (GREY, "", ""))[0]
     return [{
         "type": "scatter", "mode": "markers", "xaxis": x, "yaxis": y, "legendgroup": heal,
-        "showlegend": False, "x": [float(d) + offset for d in points["depth"]],
-        "y": numbers(points["mean"], 3), "customdata": [int(s) for s in points["seed"]],
+        "showlegend": False, "x": [float(depth) + offset for (depth, _), _ in points],
+        "y": numbers((mean for _, mean in points), 3), "customdata": [int(s) for (_, s), _ in points],
         "marker": {"color": colour, "size": 4, "opacity": 0.6},
         "hovertemplate": "seed %{customdata}: %{y:.1f}<extra></extra>",
     }]  # fmt: skip
@@ -257,14 +273,14 @@ def _tolerance_band(
     }  # fmt: skip
 
 
-def _why(rows: pd.DataFrame) -> str:
-    missing = rows[~rows["scored"]]
-    if missing.empty:
+def _why(cells: Sequence[Cell]) -> str:
+    missing = [cell for cell in cells if not cell.scored]
+    if not missing:
         return "too few conditions are scored"
-    reasons = missing["reason"].fillna(missing["status"]).fillna("no score")
-    counts = reasons.value_counts()
-    shown = f"{counts.index[0]}"
-    return f"{missing['unit'].nunique()} of {rows['unit'].nunique()} without a score: {shown}"
+    texts = [next((t for t in (c.reason, c.status) if isinstance(t, str)), "") for c in missing]
+    reason = Counter(texts).most_common(1)[0][0] or "no score"
+    units = len({cell.unit for cell in missing})
+    return f"{units} of {len({cell.unit for cell in cells})} without a score: {reason}"
 
 
 def _heal_order(heal: str) -> tuple[int, str]:

@@ -35,7 +35,7 @@ _FILL = {  # by (translation?, speech?)
     (True, True): GREEN, (True, False): "rgba(0,158,115,0.3)",
 }  # fmt: skip
 LINE = "rgba(128,128,128,0.25)"
-_MOST_DISTANCES = 250_000  # about 2 MB of the page; further pools stay in maps.parquet
+MOST_DISTANCES = 100_000  # about 1.5 MB of the page; further pools stay in maps.parquet
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,12 @@ def panel_title(text: str, x: float, y: float, **more: Any) -> dict[str, Any]:
 
 
 def map_figure(
-    model: str, maps: pd.DataFrame, results: pd.DataFrame, pool: str, hole: Callable[..., str]
+    model: str,
+    maps: pd.DataFrame,
+    results: pd.DataFrame,
+    pool: str,
+    hole: Callable[..., str],
+    most: int = MOST_DISTANCES,
 ) -> Figure | None:
     """All maps of one model as heat maps: a row a task and language, text beside speech.
 
@@ -110,6 +115,7 @@ def map_figure(
         results: the `results` table, for conditions still without a map.
         pool: the pool shown first.
         hole: reason why a map of (encoder, task, source, target) is not there.
+        most: distances the figure may hold; the first pool is always whole.
     """
     of_model = maps[maps["model"] == model]
     if of_model.empty:
@@ -125,7 +131,7 @@ def map_figure(
     shown = 0
     for name in pools:
         shown += int((of_model["pool"] == name).sum())
-        if views and shown > _MOST_DISTANCES:
+        if views and shown > most:
             break
         measured = model_maps(of_model, name)[model]
         views[str(name)] = _map_view(measured, kinds, tasks, hole)
@@ -230,8 +236,9 @@ def _heat(
     return [
         {
             "type": "heatmap", "xaxis": x, "yaxis": y, "coloraxis": "coloraxis", "y0": 1, "dy": 1,
-            "z": [numbers(row) for row in table[1:]],
-            "customdata": [numbers(row) for row in errors[1:]], "hoverongaps": False,
+            "z": [numbers(table[d, : layers - d + 1]) for d in depths],
+            "customdata": [numbers(errors[d, : layers - d + 1]) for d in depths],
+            "hoverongaps": False,
             "xgap": 0.5, "ygap": 0.5,
             "hovertemplate": "from layer %{x}, %{y} removed<br>distance %{z:.4f} ± %{customdata:.4f}"
             "<extra></extra>",

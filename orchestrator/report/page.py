@@ -24,7 +24,13 @@ from orchestrator.consensus import (
     model_maps,
 )
 from orchestrator.report.curves import curve_figure
-from orchestrator.report.figures import Figure, frequency_figure, map_figure, strip_figure
+from orchestrator.report.figures import (
+    MOST_DISTANCES,
+    Figure,
+    frequency_figure,
+    map_figure,
+    strip_figure,
+)
 from orchestrator.report.markdown import markdown
 from orchestrator.report.scores import METRIC_NAMES, primary_cells, task_label
 from orchestrator.report.summary import LAB_LIMITS, Failure, RunSummary
@@ -184,11 +190,12 @@ def _model_section(
         return str(named.iloc[0]) if len(named) else "not measured"
 
     maps = tables["maps"]
+    most = MOST_DISTANCES // max(1, maps["model"].nunique())
     made: dict[str, Figure | None] = {
         "curves": curve_figure(model, cells, summary.tolerance),
         "strip": strip_figure(model, maps, tables["consensus"], summary.pool, depths),
         "frequency": frequency_figure(model, maps, summary.pool, depths),
-        "maps": map_figure(model, maps, tables["results"], summary.pool, hole),
+        "maps": map_figure(model, maps, tables["results"], summary.pool, hole, most),
     }
     return {
         "model": model,
@@ -199,7 +206,7 @@ def _model_section(
         "unscored": _unscored(of_model, own),
         "scored": (int(of_model["scored"].sum()), len(of_model)),
         "consensus": _consensus_rows(tables, model, depths),
-        "figures": {name: _embed_figure(figure) for name, figure in made.items() if figure},
+        "figures": {name: figure and _embed_figure(figure) for name, figure in made.items()},
     }
 
 

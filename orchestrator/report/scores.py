@@ -6,18 +6,35 @@ the same units on both sides of a comparison, and say how many of the expected t
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
 HIGHER_IS_BETTER = {"bleu", "chrf"}
 _PRIMARY = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
 _NO_WORD_SPACES = {"ja", "th", "zh"}  # WER means little where words are not set apart
 METRIC_NAMES = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF"}
+
+
+class Cell(NamedTuple):
+    """One row of `primary_cells`, for code that visits each many times."""
+
+    unit: str
+    test: str
+    metric: str
+    in_domain: bool
+    depth: int
+    heal: str
+    seed: int
+    value: float
+    ci_low: float
+    ci_high: float
+    scored: bool
+    status: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -122,31 +139,37 @@ def selectors(cells: pd.DataFrame) -> list[str]:
     return sorted((str(name) for name in names), key=lambda name: (name != "consensus", name))
 
 
-def mean_score(rows: pd.DataFrame) -> Score:
-    """Mean over units, with an interval for the test sets' sampling alone.
+def records(cells: pd.DataFrame) -> list[Cell]:
+    """Primary cells as plain records; those that do not say where they belong are left out."""
+    rows = cells.dropna(subset=["depth", "heal", "in_domain"])
+    return [Cell(*row) for row in rows[list(Cell._fields)].itertuples(index=False, name=None)]
+
+
+def mean_score(cells: Iterable[Cell]) -> Score:
+    """Mean of scored cells over units, with an interval for the test sets' sampling alone.
 
     Seeds of a unit and encoders on the same test set share their utterances: their half-widths are
     averaged. Different test sets are independent: their half-widths add in quadrature.
     """
-    values: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    test_of: dict[str, str] = {}
-    columns = ["unit", "test", "value", "ci_low", "ci_high"]
-    for unit, test, value, low, high in zip(*(rows[name] for name in columns), strict=True):
-        values[unit].append((value, value - low, high - value))
-        test_of[unit] = test
-    if not values:
+    units: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        units[cell.test, cell.unit].append(cell)
+    if not units:
         return Score(math.nan, math.nan, math.nan, 0)
-    units = {unit: np.mean(numbers, axis=0) for unit, numbers in values.items()}
-    tests: dict[str, list[Floats]] = defaultdict(list)
-    for unit, numbers in units.items():
-        tests[test_of[unit]].append(numbers)
-    mean = float(np.mean([numbers[0] for numbers in units.values()]))
-    widths = np.array([np.mean(of_test, axis=0)[1:] for of_test in tests.values()])
-    below, above = np.sqrt((widths**2).sum(axis=0)) / len(tests)
-    return Score(mean, mean - float(below), mean + float(above), len(units))
+    tests: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (test, _), seeds in units.items():
+        below = fmean(seed.value - seed.ci_low for seed in seeds)
+        tests[test].append((below, fmean(seed.ci_high - seed.value for seed in seeds)))
+    mean = fmean(fmean(seed.value for seed in seeds) for seeds in units.values())
+    below, above = (
+        math.hypot(*(fmean(width[side] for width in of_test) for of_test in tests.values()))
+        / len(tests)
+        for side in (0, 1)
+    )
+    return Score(mean, mean - below, mean + above, len(units))
 
 
-def changes(cells: pd.DataFrame, depth: int, heal: str) -> list[Change]:
+def changes(cells: Iterable[Cell], depth: int, heal: str) -> list[Change]:
     """Loss at one depth and healing mode per (metric, in or out of domain).
 
     Args:
@@ -154,36 +177,50 @@ def changes(cells: pd.DataFrame, depth: int, heal: str) -> list[Change]:
         depth: layers removed.
         heal: healing mode of both sides.
     """
-    healed = cells[cells["heal"] == heal]
+    groups: dict[tuple[str, bool], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell.heal == heal:
+            groups[cell.metric, bool(cell.in_domain)].append(cell)
     result = []
-    for (metric, in_domain), rows in healed.groupby(["metric", "in_domain"], sort=False):
-        scored = rows[rows["scored"]]
-        sides = [scored[scored["depth"] == d] for d in (0, depth)]
-        both = set(_units(sides[0])) & set(_units(sides[1]))
+    for (metric, in_domain), rows in groups.items():
+        control, pruned = (
+            by_unit(c for c in rows if c.scored and c.depth == d) for d in (0, depth)
+        )
+        both = [unit for unit in control if unit in pruned]
         if not both:
             continue
-        control, pruned = (side[[u in both for u in _units(side)]] for side in sides)
         sign = -1.0 if metric in HIGHER_IS_BETTER else 1.0
-        before, after = mean_score(control), mean_score(pruned)
+        before, after = (mean_score(c for u in both for c in side[u]) for side in (control, pruned))
         loss = sign * (after.value - before.value)
-        worse = sign * (
-            pruned.groupby("unit")["value"].mean() - control.groupby("unit")["value"].mean()
-        )
+        losses = {u: sign * (_mean(pruned[u]) - _mean(control[u])) for u in both}
+        worst = max(losses, key=lambda unit: losses[unit])
         result.append(
             Change(
-                metric=str(metric),
-                in_domain=bool(in_domain),
+                metric=metric,
+                in_domain=in_domain,
                 control=before,
                 pruned=after,
                 loss=loss,
                 loss_low=loss - _half_width(before, after, more=False, sign=sign),
                 loss_high=loss + _half_width(before, after, more=True, sign=sign),
-                expected=rows["unit"].nunique(),
-                worst=str(worse.idxmax()),
-                worst_loss=float(worse.max()),
+                expected=len({cell.unit for cell in rows}),
+                worst=worst,
+                worst_loss=losses[worst],
             )
         )
     return sorted(result, key=lambda c: (not c.in_domain, c.metric in HIGHER_IS_BETTER, c.metric))
+
+
+def by_unit(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """Cells by the unit they score."""
+    units: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        units[cell.unit].append(cell)
+    return dict(units)
+
+
+def _mean(cells: Iterable[Cell]) -> float:
+    return fmean(cell.value for cell in cells)
 
 
 def _half_width(before: Score, after: Score, *, more: bool, sign: float) -> float:
@@ -192,10 +229,6 @@ def _half_width(before: Score, after: Score, *, more: bool, sign: float) -> floa
     one = after.high - after.value if rises else after.value - after.low
     two = before.value - before.low if rises else before.high - before.value
     return math.hypot(one, two)
-
-
-def _units(rows: pd.DataFrame) -> list[Hashable]:
-    return list(rows["unit"])
 
 
 def _primary(task: object, source: object) -> str:

@@ -13,6 +13,7 @@ from orchestrator.report.scores import (
     changes,
     metric_name,
     of_selector,
+    records,
     selectors,
 )
 
@@ -172,8 +173,9 @@ def _notes(chosen: Recommendation, allowed: str) -> list[str]:
 
 def _best_heal(rows: pd.DataFrame, depth: int) -> tuple[str, list[Change]] | None:
     options = []
+    cells = records(rows)
     for heal in sorted(rows["heal"].dropna().unique()):
-        found = changes(rows, depth, str(heal))
+        found = changes(cells, depth, str(heal))
         inside = [c for c in found if c.in_domain]
         if inside:
             units = sum(c.pruned.units for c in inside)

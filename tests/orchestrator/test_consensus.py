@@ -58,13 +58,21 @@ def row(table: pd.DataFrame, scope: str, depth: int = 2) -> pd.Series:
     return found
 
 
-def random_maps(random: np.random.Generator, conditions: int, layers: int) -> pd.DataFrame:
-    return joined(
-        *(
-            one_map({2: random.random(layers - 1)}, encoder=f"e{i}", source="en")
-            for i in range(conditions)
-        )
+def random_maps(seed: int, models: int, conditions: int, layers: int) -> pd.DataFrame:
+    """Maps of depth 2 in which nothing agrees but by chance."""
+    shape = (models, conditions, layers - 1)
+    model, condition, start = (axis.ravel() for axis in np.indices(shape))
+    frame = pd.DataFrame(
+        {
+            "model": np.char.add("m", model.astype(str)),
+            "encoder": np.char.add("e", condition.astype(str)),
+            "start": start,
+            "distance": np.random.default_rng(seed).random(shape).ravel(),
+        }
     )
+    fixed = {"task": "asr", "source_language": "en", "target_language": None}
+    kind = {"modality": "speech", "adapted": True, "pool": "all", "depth": 2, "std_error": 0.0}
+    return frame.assign(**fixed, **kind)
 
 
 def test_best_start_takes_the_smallest_distance_and_of_equals_the_first() -> None:
@@ -175,9 +183,7 @@ def test_planted_disagreement_is_found() -> None:
 
 
 def test_permutation_test_keeps_its_level_when_nothing_is_shared() -> None:
-    random = np.random.default_rng(3)
-    maps = joined(*(random_maps(random, 6, 12).assign(model=f"m{i}") for i in range(300)))
-    table = consensus_table(maps, [2], "all")
+    table = consensus_table(random_maps(3, 300, 6, 12), [2], "all")
     p_values = table[table.scope == "all"].p_value.to_numpy()
     assert len(p_values) == 300
     # Three standard errors of 300 trials; p is a little conservative, as blocks are few.
@@ -186,7 +192,7 @@ def test_permutation_test_keeps_its_level_when_nothing_is_shared() -> None:
 
 
 def test_table_does_not_depend_on_the_order_of_rows_and_repeats() -> None:
-    maps = random_maps(np.random.default_rng(5), 5, 10)
+    maps = random_maps(5, 1, 5, 10)
     shuffled = maps.sample(frac=1.0, random_state=1)
     first, second = (consensus_table(m, [2], "all") for m in (maps, shuffled))
     pd.testing.assert_frame_equal(first, second)

@@ -24,7 +24,7 @@ from orchestrator.report import (
 )
 from orchestrator.report.curves import curve_figure
 from orchestrator.report.figures import frequency_figure, map_figure, strip_figure
-from orchestrator.report.scores import changes, mean_score, of_selector, primary_cells
+from orchestrator.report.scores import changes, mean_score, of_selector, primary_cells, records
 from orchestrator.report.verdict import recommendations, verdict
 
 LAYERS = 12
@@ -278,6 +278,20 @@ def test_empty_tables_give_a_page_that_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text().startswith("# Layer-consensus report")
 
 
+@pytest.mark.parametrize("only", list(TABLES))
+def test_any_one_table_alone_gives_a_page(only: str, tmp_path: Path) -> None:
+    results, maps = demo_results(), demo_maps()
+    whole = {
+        "results": results,
+        "maps": maps,
+        "consensus": demo_consensus(maps, results),
+        "profile": demo_profile(),
+    }
+    tables = {name: whole[name] if name == only else typed([], TABLES[name]) for name in TABLES}
+    page = Page(build_report(**tables, summary=demo_summary(), out=tmp_path))
+    assert "lab-llama" in page.text
+
+
 def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
     results, maps = demo_results([evil], holes=True), demo_maps([evil])
@@ -349,7 +363,7 @@ def _pair(control: float, pruned: float, **more: object) -> list[dict[str, objec
 
 def test_change_by_hand() -> None:
     cells = _cells(_pair(6.0, 8.0) + _pair(4.0, 10.0, source_language="de"))
-    (change,) = changes(cells, 4, "joint")
+    (change,) = changes(records(cells), 4, "joint")
     assert (change.control.value, change.pruned.value, change.loss) == (5.0, 9.0, 4.0)
     # Two test sets, each ±4: sqrt(4² + 4²) / 2.
     assert change.pruned.high == pytest.approx(9 + 32**0.5 / 2)
@@ -359,14 +373,14 @@ def test_change_by_hand() -> None:
 
 def test_lower_bleu_is_a_loss() -> None:
     ast = {"task": "ast", "target_language": "en", "source_language": "de", "metric": "BLEU"}
-    (change,) = changes(_cells(_pair(88.0, 85.0, **ast)), 4, "joint")
+    (change,) = changes(records(_cells(_pair(88.0, 85.0, **ast))), 4, "joint")
     assert change.loss == 3.0
 
 
 def test_encoders_on_one_test_set_do_not_narrow_the_interval() -> None:
     rows = _pair(6.0, 8.0) + _pair(6.0, 8.0, encoder="other")
     cells = _cells(rows)
-    assert mean_score(cells[cells["depth"] == 4]).high == pytest.approx(12.0)
+    assert mean_score(records(cells[cells["depth"] == 4])).high == pytest.approx(12.0)
 
 
 def test_conditions_without_a_control_stay_out_of_the_comparison_and_are_counted() -> None:

@@ -140,7 +140,7 @@ def test_layers_that_do_nothing_have_no_distance():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             decoder_layers(model)[1].get_submodule(name).weight.zero_()
     table = redundancy_map(model, batched(utterances(), 5)).table()
-    assert (table.distance < 1e-7).equals((table.start == 1) & (table.depth == 1))
+    assert (table.distance == 0).equals((table.start == 1) & (table.depth == 1))
 
 
 def test_half_precision_states_are_measured_in_full():
@@ -242,7 +242,8 @@ def test_large_batches_are_split(monkeypatch):
     model = tiny_lm("llama", DEPTH)
     whole = redundancy_map(model, batched(utterances(), 5))
     monkeypatch.setattr("workers.maps._STATE_BYTES", 2 * 12 * 32 * 4 * (DEPTH + 1))
-    monkeypatch.setattr("workers.maps._CHUNK_BYTES", 3 * 32 * 8 * (DEPTH + 1))
+    monkeypatch.setattr("workers.maps._CHUNK_TOKENS", 3)
+    monkeypatch.setattr("workers.maps._CHUNK_BYTES", (1, 1))
     sizes = []
 
     def count(module, args):

@@ -324,6 +324,10 @@ class TestGate:
             layer.self_attn.layer_idx = max(index - 1, 0)
         self.refuse(saved, "model in memory decodes differently with the cache")
 
+    def test_layer_numbers_beyond_the_cache(self, saved):
+        decoder_layers(saved[0])[4].self_attn.layer_idx = 7
+        assert str(saved[1]) in str(self.refuse(saved, "decoding with the cache fails"))
+
     def test_not_a_model(self, saved):
         shutil.rmtree(saved[1])
         self.refuse(saved, "does not open")
