@@ -225,15 +225,19 @@ def _draw(words: Lexicon, rng: random.Random, size: Size) -> Meaning:
         subject = _draw_phrase(words, rng, words.beings, size, adjective=0.0)
         thing = _draw_phrase(words, rng, words.nouns, size, adjective=0.0)
         return Meaning(subject, rng.choice(words.transitive), object=thing)
+
+    # Every sentence has a being, so things and what describes them would be rare words otherwise.
+    def phrase(nouns: tuple[Noun, ...]) -> NounPhrase:
+        return _draw_phrase(words, rng, nouns, size, 0.2 if nouns is words.beings else 0.5)
+
     adverb = rng.choice(words.adverbs) if rng.random() < 0.2 else None
-    subject = _draw_phrase(words, rng, words.beings, size, adjective=0.3)
+    subject = phrase(words.beings)
     pattern = rng.random()
     if pattern < 0.55:  # the old king buys two boats
-        thing = _draw_phrase(words, rng, words.nouns, size, adjective=0.3)
+        thing = phrase(words.things if rng.random() < 0.75 else words.beings)
         return Meaning(subject, rng.choice(words.transitive), object=thing, adverb=adverb)
     preposition = rng.choice(words.prepositions)
-    nouns = words.nouns_after(preposition)
-    place = _draw_phrase(words, rng, nouns, size, adjective=0.3)
+    place = phrase(words.nouns_after(preposition))
     if pattern < 0.92:  # now a girl sleeps under the table
         verb = rng.choice(words.intransitive)
         return Meaning(subject, verb, preposition=preposition, place=place, adverb=adverb)

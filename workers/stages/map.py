@@ -63,7 +63,11 @@ def run(
 
         with torch.no_grad():
             measured = redundancy_map(
-                model.decoder, batches(), settings.pools, progress=context.progress
+                model.decoder,
+                batches(),
+                settings.pools,
+                progress=context.progress,
+                samples=len(utterances),
             )
     measured.save(out)
     return {"layers": measured.layers, "samples": len(utterances)}
