@@ -41,7 +41,7 @@ def run_attempt(payload: dict[str, Any], rank: int, ranks: int) -> dict[str, Any
         `{"status": "done", "seconds", "summary"}`, or `{"status": "failed", "class", "message"}`.
     """
     del ranks
-    started, cpu_started = time.perf_counter(), time.process_time()
+    started, cpu_started = time.perf_counter(), _cpu_seconds()
     with _logged_to(Path(payload["log"])):
         print(f"{_now()} {payload['id']} ({payload['kind']}/{payload['key']})", flush=True)
         try:
@@ -118,7 +118,7 @@ def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float)
                         **payload["provenance"],
                         "finished": _now(),
                         "seconds": round(time.perf_counter() - started, 3),
-                        "cpu_seconds": round(time.process_time() - cpu_started, 3),
+                        "cpu_seconds": round(_cpu_seconds() - cpu_started, 3),
                         "device": _device(context.device),
                         "python": platform.python_version(),
                         "packages": {name: version(name) for name in PACKAGES},
@@ -180,6 +180,12 @@ def _logged_to(path: Path) -> Iterator[None]:
         os.dup2(saved[1], 2)
         for number in (*saved, descriptor):
             os.close(number)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and the children it waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _device(device: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,12 @@ class Phase:
 class Recipe:
     """How a decoder of one size is made."""
 
-    core: int
-    """Layers trained first."""
-    copies: int
-    """Times each of them is copied."""
+    copies: tuple[int, ...]
+    """How many layers each layer of the core becomes.
+
+    The first stays alone: it reads the embeddings, and cut into four it takes exact match from .72
+    to .04, where cutting the second or third costs .03.
+    """
     hidden: int
     feed_forward: int
     heads: int
@@ -73,8 +75,7 @@ class Recipe:
 
 RECIPES: dict[Size, Recipe] = {
     "full": Recipe(
-        core=4,
-        copies=3,
+        copies=(1, 5, 6),
         hidden=128,
         feed_forward=256,
         heads=4,
@@ -84,8 +85,7 @@ RECIPES: dict[Size, Recipe] = {
         dev_sentences=100,
     ),
     "tiny": Recipe(
-        core=2,
-        copies=3,
+        copies=(1, 5),
         hidden=64,
         feed_forward=128,
         heads=2,
@@ -125,7 +125,7 @@ def build_decoder(family: Family, size: Size, seed: int, out: Path, progress: Pr
         counts = {"train": recipe.sentences, "dev": recipe.dev_sentences}
         text = PromptedText(size, seed, CONDITIONS, counts)
         generator = torch.Generator().manual_seed(seed)
-        small = _new(family, recipe, recipe.core, len(text.tokenizer), generator)
+        small = _new(family, recipe, len(recipe.copies), len(text.tokenizer), generator)
         steps = _train(small, text, recipe.first, 1, generator, lambda f, s: progress(f / 2, s))
         deep = _stacked(small, family, recipe, generator)
         steps += _train(
@@ -187,7 +187,7 @@ def _new(
     return model
 
 
-def _make_mimetic(attention: nn.Module, head: int) -> None:
+def _make_mimetic(attention: Any, head: int) -> None:
     """Queries start equal to keys, and outputs as the transpose of values.
 
     A trained transformer tends that way (Trockman and Kolter 2023, arXiv 2305.09828); starting
@@ -207,20 +207,21 @@ def _make_mimetic(attention: nn.Module, head: int) -> None:
 def _stacked(
     small: "PreTrainedModel", family: Family, recipe: Recipe, generator: torch.Generator
 ) -> "PreTrainedModel":
-    """Each layer `copies` times in a row, their output projections divided by `copies`."""
-    layers = recipe.core * recipe.copies
-    deep = _new(family, recipe, layers, small.config.vocab_size, generator)
+    """Each layer of the core several times in a row, output projections divided by how often."""
+    origin = [layer for layer, copies in enumerate(recipe.copies) for _ in range(copies)]
+    deep = _new(family, recipe, len(origin), small.config.vocab_size, generator)
     weights = small.state_dict()
     stacked: dict[str, Tensor] = {}
     for name in deep.state_dict():
-        head, layer, rest = name.partition(".layers.")
-        if not layer:
+        head, layers, rest = name.partition(".layers.")
+        if not layers:
             stacked[name] = weights[name]
             continue
         number, _, part = rest.partition(".")
-        weight = weights[f"{head}.layers.{int(number) // recipe.copies}.{part}"]
+        layer = origin[int(number)]
+        weight = weights[f"{head}.layers.{layer}.{part}"]
         outputs = part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-        stacked[name] = weight / recipe.copies if outputs else weight
+        stacked[name] = weight / recipe.copies[layer] if outputs else weight
     deep.load_state_dict(stacked)
     return deep
 
