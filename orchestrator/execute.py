@@ -29,8 +29,6 @@ from orchestrator.sweep import Sweep
 from orchestrator.watch import LiveWatch, PlainWatch, status_data
 from workers.errors import InvalidInput
 
-REPORT_EVERY_SECONDS = 60.0
-
 
 @dataclass(frozen=True)
 class Result:

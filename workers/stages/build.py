@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,10 +31,11 @@ def run(
 
         return build_speech(params["language"], item.size, seed, out, context.progress)
     if item.role == "decoder":
-        from workers.lab.decoders import build_decoder
+        from workers.lab.decoders import Family, build_decoder
 
-        return build_decoder(item.kind, item.size, seed, out, context.progress)
-    from workers.lab.encoders import build_encoder
+        family = cast(Family, item.kind)
+        return build_decoder(family, item.size, seed, out, context.progress)
+    from workers.lab.encoders import Kind, build_encoder
 
     speech = {language: Path(data.path) for language, data in inputs.items()}
-    return build_encoder(item.kind, item.size, seed, speech, out, context.progress)
+    return build_encoder(cast(Kind, item.kind), item.size, seed, speech, out, context.progress)
