@@ -207,11 +207,11 @@ def report(run_name: RunName, as_json: AsJson = False) -> None:
     from orchestrator.runs import RunFolder
 
     folder = RunFolder.existing(run_name)
-    page = write_report(folder)
+    written = write_report(folder)
     if as_json:
-        _print_json({"report": str(page)})
+        _print_json({"verdicts": written.verdicts, "report": str(written.page)})
     else:
-        print(page)
+        print(written.page)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from orchestrator.consensus import consensus_table
 from orchestrator.driver import Driver, Outcome
 from orchestrator.graph import Plan
 from orchestrator.plan import build_plan
-from orchestrator.report import RunSummary, build_report
+from orchestrator.report import Report, RunSummary, build_report
 from orchestrator.results import maps_table, profile_table, results_table
 from orchestrator.reuse import assess
 from orchestrator.runs import RunFolder
@@ -84,7 +84,7 @@ def execute(
                 plan, store, folder, Shape(), 0, _provenance(), _Quiet(console, 0), assessment
             )
             outcome, loads = driver.execute(), 0
-        page = write_report(folder)
+        report = write_report(folder)
     seconds = time.monotonic() - began
     data = {
         "run": sweep.name,
@@ -95,17 +95,18 @@ def execute(
         "interrupted": outcome.interrupted,
         "seconds": round(seconds, 1),
         "model_loads": loads,
-        "report": str(page),
+        "verdicts": report.verdicts,
+        "report": str(report.page),
     }
     if not plain:
-        _summarise(console, outcome, seconds, loads, folder, page)
+        _summarise(console, outcome, seconds, loads, folder, report)
     if outcome.interrupted:
         return Result(130, data)
     return Result(0 if outcome.complete else 1, data)
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Build the report of a run from the store; returns the page's path."""
+def write_report(folder: RunFolder) -> Report:
+    """Build the report of a run from the store."""
     sweep = folder.sweep()
     base, store_root = folder.place()
     store = Store(store_root)
@@ -215,7 +216,12 @@ def _provenance() -> dict[str, str]:
 
 
 def _summarise(
-    console: Console, outcome: Outcome, seconds: float, loads: int, folder: RunFolder, page: Path
+    console: Console,
+    outcome: Outcome,
+    seconds: float,
+    loads: int,
+    folder: RunFolder,
+    report: Report,
 ) -> None:
     fresh = outcome.done - outcome.reused
     console.print(
@@ -230,4 +236,6 @@ def _summarise(
         console.print(f"{len(outcome.blocked)} more stages wait for what failed")
     if outcome.interrupted:
         console.print("Interrupted. Run the same command again to go on.")
-    console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    for model, sentence in report.verdicts.items():
+        console.print(f"{model}: {sentence}", markup=False, soft_wrap=True)
+    console.print(f"Report: {report.page}", markup=False, soft_wrap=True)

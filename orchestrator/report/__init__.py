@@ -1,6 +1,6 @@
 """The report of a sweep: tables in, one page with a decision out."""
 
-from orchestrator.report.page import build_report
+from orchestrator.report.page import Report, build_report
 from orchestrator.report.summary import Failure, RunSummary
 from orchestrator.report.tables import (
     CONSENSUS_COLUMNS,
@@ -19,6 +19,7 @@ __all__ = [
     "RESULTS_COLUMNS",
     "TABLES",
     "Failure",
+    "Report",
     "RunSummary",
     "build_report",
     "typed",

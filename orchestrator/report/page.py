@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ _SCOPE_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Report:
+    """A report that was written."""
+
+    page: Path
+    """`index.html`."""
+    verdicts: dict[str, str]
+    """The first sentence about each model."""
+
+
 def build_report(
     results: pd.DataFrame,
     maps: pd.DataFrame,
@@ -64,7 +75,7 @@ def build_report(
     profile: pd.DataFrame,
     summary: RunSummary,
     out: Path,
-) -> Path:
+) -> Report:
     """Write `index.html`, `report.md` and each table as Parquet and CSV into a folder.
 
     Every file appears whole or not at all, so an open page can be reloaded while a sweep runs.
@@ -78,7 +89,7 @@ def build_report(
         out: the folder, made if it is not there.
 
     Returns:
-        Path of `index.html`.
+        Where the page is, and what it says first.
     """
     given = {"results": results, "maps": maps, "consensus": consensus, "profile": profile}
     tables = {name: typed(table, TABLES[name]) for name, table in given.items()}
@@ -126,7 +137,10 @@ def build_report(
         policy=_policy([plotly, script]),
     )
     replace_text(out / "report.md", markdown(summary, sections, statuses, missing))
-    return replace_text(out / "index.html", page)
+    return Report(
+        replace_text(out / "index.html", page),
+        {section["model"]: section["verdict"] for section in sections},
+    )
 
 
 def missing_cells(cells: pd.DataFrame) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("full")
     return build_report(
         results, maps, demo_consensus(maps, results), demo_profile(), demo_summary(), out
-    )
+    ).page
 
 
 def test_page_is_one_file_that_loads_nothing(full: Path) -> None:
@@ -241,7 +241,7 @@ def test_same_tables_give_the_same_page(full: Path, tmp_path: Path) -> None:
     results, maps = demo_results(), demo_maps()
     again = build_report(
         results, maps, demo_consensus(maps, results), demo_profile(), demo_summary(), tmp_path
-    )
+    ).page
     assert again.read_bytes() == full.read_bytes()
     assert (tmp_path / "report.md").read_bytes() == (full.parent / "report.md").read_bytes()
 
@@ -257,7 +257,7 @@ def test_half_finished_sweep_shows_its_holes_and_how_to_fill_them(tmp_path: Path
             typed([], PROFILE_COLUMNS),
             demo_summary(failures=[failure], stages={"done": 90, "failed": 1, "pending": 12}),
             tmp_path,
-        )
+        ).page
     )
     text = " ".join(page.text.split())
     assert "30 failed" in text
@@ -273,7 +273,7 @@ def test_half_finished_sweep_shows_its_holes_and_how_to_fill_them(tmp_path: Path
 
 def test_empty_tables_give_a_page_that_says_so(tmp_path: Path) -> None:
     empty = {name: typed([], columns) for name, columns in TABLES.items()}
-    page = Page(build_report(**empty, summary=demo_summary(depths=()), out=tmp_path))
+    page = Page(build_report(**empty, summary=demo_summary(depths=()), out=tmp_path).page)
     assert "Nothing is measured yet" in page.text
     assert (tmp_path / "report.md").read_text().startswith("# Layer-consensus report")
 
@@ -288,7 +288,7 @@ def test_any_one_table_alone_gives_a_page(only: str, tmp_path: Path) -> None:
         "profile": demo_profile(),
     }
     tables = {name: whole[name] if name == only else typed([], TABLES[name]) for name in TABLES}
-    page = Page(build_report(**tables, summary=demo_summary(), out=tmp_path))
+    page = Page(build_report(**tables, summary=demo_summary(), out=tmp_path).page)
     assert "lab-llama" in page.text
 
 
@@ -303,7 +303,7 @@ def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     )
     path = build_report(
         results, maps, demo_consensus(maps, results), typed([], PROFILE_COLUMNS), summary, tmp_path
-    )
+    ).page
     page = Page(path)
     assert page.loads == []
     assert page.handlers == []

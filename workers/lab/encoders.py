@@ -154,6 +154,7 @@ class Learner:
             }
         )
         for head in self.heads.values():
+            assert isinstance(head, nn.Linear)
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         self.order = random.Random(seed)
