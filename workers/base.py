@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ from workers.surgery import pruned
 REMOVED = "removed.json"
 
 
-def load_decoder(
-    source: Input, params: Mapping[str, Any], context: Context
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@dataclass
+class Resident:
+    """A base decoder in this process's memory, and the SpeechLLM that now stands around it."""
+
+    decoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    model: SpeechLLM | None = None
+
+    def release(self) -> None:
+        """Hand the plain decoder back, as it was loaded."""
+        if self.model is not None:
+            self.model.decoder.unload()
+            self.model = None
+
+
+def load_decoder(source: Input, params: Mapping[str, Any], context: Context) -> Resident:
     """The decoder and its tokenizer, from this process's memory if it holds them.
 
     Args:
@@ -39,43 +53,41 @@ def load_decoder(
             source.path, dtype=getattr(torch, params["dtype"]), **options
         )
         decoder.to(context.device).eval().requires_grad_(False)
-        context.resident[identity] = (decoder, tokenizer)
-    decoder, tokenizer = context.resident[identity]
-    return decoder, tokenizer
+        context.resident[identity] = Resident(decoder, tokenizer)
+    resident: Resident = context.resident[identity]
+    return resident
 
 
 @contextmanager
-def speechllm_on(
-    decoder: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SpeechLLMConfig,
-    seed: int = 0,
+def untrained_speechllm(
+    resident: Resident, config: SpeechLLMConfig, seed: int = 0
 ) -> Iterator[SpeechLLM]:
-    """A SpeechLLM around a resident decoder; the decoder is handed back as it was."""
-    model = SpeechLLM.create(decoder, tokenizer, config, seed)
+    """A new SpeechLLM around the base, for as long as the block lasts."""
+    resident.release()
+    resident.model = SpeechLLM.create(resident.decoder, resident.tokenizer, config, seed)
     try:
-        yield model
+        yield resident.model
     finally:
-        model.decoder.unload()
+        resident.release()
 
 
 @contextmanager
-def trained_speechllm(
-    folder: Path, source: Input, params: Mapping[str, Any], context: Context
-) -> Iterator[SpeechLLM]:
+def trained_speechllm(folder: Path, resident: Resident) -> Iterator[SpeechLLM]:
     """The SpeechLLM whose trained parts lie in `folder`, its decoder pruned as it was then.
+
+    Its modules stay for the next of the same settings, which costs a copy of the trained weights
+    in place of building them anew.
 
     Args:
         folder: an `adapt` or `heal` artefact.
-        source: the decoder.
-        params: `dtype` and `trust_remote_code` of the decoder.
-        context: the process.
+        resident: the base it was trained on.
     """
-    decoder, tokenizer = load_decoder(source, params, context)
-    with (
-        speechllm_on(decoder, tokenizer, SpeechLLMConfig.read(folder)) as model,
-        pruned(model.decoder, removed_layers(folder)),
-    ):
+    config = SpeechLLMConfig.read(folder)
+    if resident.model is None or resident.model.config != config:
+        resident.release()
+        resident.model = SpeechLLM.create(resident.decoder, resident.tokenizer, config, 0)
+    model = resident.model
+    with pruned(model.decoder, removed_layers(folder)):
         model.load_trained(folder)
         yield model
 

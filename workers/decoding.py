@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from workers.batches import Encoded, Example, Modality, collate, encode, sorted_batches
 from workers.config import DecodeSettings
 from workers.errors import InvalidInput
+from workers.lora import fused_lora
 from workers.speechllm import SpeechLLM
 
 
@@ -81,9 +82,11 @@ def greedy(
     order = sorted_batches([item.length + cap for item, cap in zip(encoded, caps, strict=True)],
                            settings.batch_size)  # fmt: skip
     written: dict[int, tuple[list[int], bool]] = {}
-    for batch in order:
-        answers = _decode_batch(model, [encoded[i] for i in batch], [caps[i] for i in batch], ends)
-        written.update(zip(batch, answers, strict=True))
+    with fused_lora(model.decoder):
+        for batch in order:
+            limits = [caps[i] for i in batch]
+            answers = _decode_batch(model, [encoded[i] for i in batch], limits, ends)
+            written.update(zip(batch, answers, strict=True))
     texts = model.tokenizer.batch_decode(
         [written[i][0] for i in range(len(examples))],
         skip_special_tokens=True,

@@ -20,9 +20,10 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, SeamlessM4TFeatureExtractor
 
 from workers.errors import InvalidInput
+from workers.fbank import VectorisedFbank
 
 EXACT_MASK = {"hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm"}
 """Model types whose output under an attention mask equals the utterance's output alone. Others let
@@ -61,6 +62,9 @@ class SpeechEncoder:
         self._saved, self.model = _encoder_of(model)
         self.model.eval().requires_grad_(False)
         self.extractor = extractor
+        # The vectorised one computes; the original is what is saved.
+        plain = type(extractor) is SeamlessM4TFeatureExtractor
+        self._extract = VectorisedFbank.of(extractor) if plain else extractor
         self.sampling_rate = int(extractor.sampling_rate)
         self._family = _family_of(self.model, extractor)
         # Samples an output frame covers (mel), or the grain of bucket lengths (20 ms).
@@ -194,7 +198,7 @@ class SpeechEncoder:
             frames = -(-len(waveform) // self._unit)
             bucket = min(_bucket(frames), self._longest)
             return _Prepared(_padded(waveform, bucket * self._unit), frames)
-        extracted = self.extractor(waveform, sampling_rate=self.sampling_rate)
+        extracted = self._extract(waveform, sampling_rate=self.sampling_rate)
         values = np.asarray(extracted[self.extractor.model_input_names[0]][0], np.float32)
         if self._family == "frames" and "attention_mask" in extracted:
             values = values[np.asarray(extracted["attention_mask"][0]) > 0]
@@ -242,13 +246,15 @@ class SpeechEncoder:
             truncation=False,
             return_tensors="pt",
         )["input_features"].to(device=self.device, dtype=self.dtype)
-        with _positions(self.model, mel.shape[2]):
+        with positions_cut(self.model, mel.shape[2]):
             frames: Tensor = self.model(mel).last_hidden_state
         return frames
 
 
 def _encoder_of(model: Any) -> tuple[Any, Any]:
     """What to save, and the speech encoder in it."""
+    if hasattr(model, "speech_encoder"):  # SeamlessM4T; it cannot be opened on its own
+        return model, model.speech_encoder
     tower = model.get_encoder(modality="audio")
     if tower is not model:
         return tower, tower
@@ -277,7 +283,7 @@ def _bucket(count: int) -> int:
 
 
 @contextmanager
-def _positions(encoder: Any, mel_frames: int) -> Iterator[None]:
+def positions_cut(encoder: Any, mel_frames: int) -> Iterator[None]:
     """Cut the position table to an input's length for one call; the weights stay as they are."""
     table, longest = encoder.embed_positions, encoder.config.max_source_positions
     count = mel_frames // (encoder.conv1.stride[0] * encoder.conv2.stride[0])

@@ -154,8 +154,7 @@ def character_errors(
 
 def normaliser(language: str) -> Callable[[str], str]:
     """Text as it is scored: Whisper's English normaliser, or its basic one; single spaces."""
-    normalise = _normaliser(language)
-    return lambda text: " ".join(normalise(text).split())
+    return functools.partial(_normalised, language)
 
 
 def normaliser_signature(language: str) -> str:
@@ -189,6 +188,12 @@ def runaway_rate(hypotheses: Sequence[str], capped: Sequence[bool]) -> float:
     """Fraction of hypotheses that are runaways."""
     found = [runaway(text, cut) for text, cut in zip(hypotheses, capped, strict=True)]
     return sum(found) / len(found) if found else 0.0
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _normalised(language: str, text: str) -> str:
+    # A sweep scores the same references under every model, and each text for several figures.
+    return " ".join(_normaliser(language)(text).split())
 
 
 @functools.cache

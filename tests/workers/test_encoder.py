@@ -135,7 +135,7 @@ def test_frames_equal_those_of_the_plain_model(folders: dict[str, Path], name: s
         inputs = extractor(waveform, sampling_rate=RATE, return_tensors="pt")  # type: ignore[operator]
         with torch.no_grad():
             expected = model(**inputs).last_hidden_state[0]
-        assert torch.allclose(frames, expected[: len(frames)], atol=1e-5)
+        assert torch.allclose(frames, expected[: len(frames)], atol=1e-4)
 
 
 def test_whisper_frames_equal_those_of_the_plain_model_on_audio_of_full_length(

@@ -1,7 +1,8 @@
 """Words of the lab's grammar: what each one means in four languages, and how it inflects.
 
 Chosen so that no rule of spelling is needed that text without punctuation cannot show: no French
-noun or adjective takes an apostrophe, no French or Spanish preposition melts into the article. The
+noun or adjective takes an apostrophe, no French or Spanish preposition melts into the article, no
+noun looks like an adjective (German `junge` would be a boy and young). The
 tables are text, since a table of words is easier to check by eye than constructor calls.
 """
 
@@ -141,7 +142,7 @@ _ADJECTIVES = """
 small | klein | petit petite petits petites before | pequeño pequeña pequeños pequeñas | all
 big | groß | grand grande grands grandes before | grande grande grandes grandes | all
 old | alt | vieux vieille vieux vieilles before | viejo vieja viejos viejas | all
-young | jung | jeune jeune jeunes jeunes before | joven joven jóvenes jóvenes | animate
+strong | stark | fort forte forts fortes after | fuerte fuerte fuertes fuertes | animate
 sad | traurig | triste triste tristes tristes after | triste triste tristes tristes | animate
 red | rot | rouge rouge rouges rouges after | rojo roja rojos rojas | thing
 black | schwarz | noir noire noirs noires after | negro negra negros negras | thing

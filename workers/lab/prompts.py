@@ -5,7 +5,8 @@ slot each, or words the way a projector hands them over: each on one to three sl
 around.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +43,12 @@ class PromptedText:
     Args:
         size: which grammar.
         seed: which sentences, in which order, stuttered how.
-        conditions: what is asked, drawn evenly.
+        conditions: what is asked, and how often relative to the others.
         counts: sentences of `train` and `dev`.
     """
 
     def __init__(
-        self, size: Size, seed: int, conditions: Sequence[Condition], counts: dict[str, int]
+        self, size: Size, seed: int, conditions: Mapping[Condition, float], counts: dict[str, int]
     ) -> None:
         words = tokenizer(size)
         self.tokenizer = words
@@ -63,6 +64,7 @@ class PromptedText:
             for split, rows in sentences(size, seed, counts).items()
         }
         self._likely = self._weights()
+        self._shares = np.cumsum(list(conditions.values())) / sum(conditions.values())
         self._prompts = [self._prompt(condition) for condition in self.conditions]
         self._seed = seed
 
@@ -127,12 +129,22 @@ class PromptedText:
             tuple(len(target) for *_, target in rows),
         )
 
-    def training(self, batch_size: int, stuttered: float, stream: int) -> Iterator[Batch]:
-        """Endless batches of similar lengths; `stream` numbers independent streams."""
+    def training(
+        self, batch_size: int, stuttered: float, ramp: int, stream: int
+    ) -> Iterator[Batch]:
+        """Endless batches of examples of similar lengths.
+
+        Args:
+            batch_size: examples.
+            stuttered: share of stuttered sources.
+            ramp: batches over which that share rises from nothing.
+            stream: numbers independent streams.
+        """
         rng = np.random.default_rng([self._seed, stream])
         together = 8
-        while True:
-            conditions = rng.integers(len(self.conditions), size=batch_size * together)
+        for drawn in itertools.count():
+            share = stuttered * min(1.0, drawn * together / ramp) if ramp else stuttered
+            conditions = np.searchsorted(self._shares, rng.random(batch_size * together))
             rows = np.searchsorted(self._likely, rng.random(batch_size * together))
 
             def length(pair: tuple[int, int]) -> int:
@@ -141,7 +153,7 @@ class PromptedText:
 
             pairs = sorted(zip(conditions.tolist(), rows.tolist(), strict=True), key=length)
             for start in rng.permutation(together) * batch_size:
-                yield self._batch("train", pairs[start : start + batch_size], rng, stuttered)
+                yield self._batch("train", pairs[start : start + batch_size], rng, share)
 
     def development(self, count: int, stuttered: float) -> dict[str, Batch]:
         """One batch of the first `count` development sentences per condition, by its label."""

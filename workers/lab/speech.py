@@ -29,7 +29,7 @@ SAMPLING_RATE = 16_000
 SNR = 15.0
 """Decibels, of the out-of-domain set."""
 COUNTS = {
-    "full": {"train": 2000, "dev": 100, "test": 200, "ood": 100},
+    "full": {"train": 1200, "dev": 100, "test": 200, "ood": 100},
     "tiny": {"train": 120, "dev": 24, "test": 24, "ood": 16},
 }
 VOICES = {"en": "en-us", "de": "de", "fr": "fr"}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.base import load_decoder, speechllm_on
+from workers.base import load_decoder, untrained_speechllm
 from workers.config import AdaptSettings, ProjectorConfig, PromptSettings
 from workers.examples import training_examples
 from workers.features import Features
@@ -32,7 +32,7 @@ def run(
         Figures of the training.
     """
     settings = AdaptSettings.model_validate(params["settings"])
-    decoder, tokenizer = load_decoder(inputs["decoder"], params["decoder"], context)
+    resident = load_decoder(inputs["decoder"], params["decoder"], context)
     examples = training_examples(params["conditions"], inputs)
     first = params["conditions"][0]["features"]
     config = SpeechLLMConfig(
@@ -41,7 +41,7 @@ def run(
         lora=settings.lora,
         prompts=PromptSettings.model_validate(params["prompts"]),
     )
-    with speechllm_on(decoder, tokenizer, config, settings.seed) as model:
+    with untrained_speechllm(resident, config, settings.seed) as model:
         if settings.alignment_steps:
             align_projector(
                 model,

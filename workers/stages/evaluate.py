@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from workers.base import trained_speechllm
+from workers.base import load_decoder, trained_speechllm
 from workers.batches import Example
 from workers.config import Condition, DecodeSettings
 from workers.data import read_utterances
@@ -43,8 +43,8 @@ def run(
     condition = Condition.model_validate(params["condition"])
     utterances = read_utterances(Path(inputs["data"].path), params["split"])
     examples = examples_of(utterances, condition, Features(Path(inputs["features"].path)))
-    model_folder = Path(inputs["model"].path)
-    with trained_speechllm(model_folder, inputs["decoder"], params["decoder"], context) as model:
+    resident = load_decoder(inputs["decoder"], params["decoder"], context)
+    with trained_speechllm(Path(inputs["model"].path), resident) as model:
         hypotheses = greedy(model, examples, DecodeSettings.model_validate(params["settings"]))
     references = [example.target_text for example in examples]
     texts = [hypothesis.text for hypothesis in hypotheses]

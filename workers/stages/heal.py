@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.base import note_removed, trained_speechllm
+from workers.base import load_decoder, note_removed, trained_speechllm
 from workers.config import Block, HealSettings
 from workers.examples import training_examples
 from workers.speechllm import Part
@@ -40,8 +40,9 @@ def run(
     trainable = TRAINED[params["mode"]]
     base = Path(inputs["base"].path)
     summary: dict[str, Any] = {"removed": list(layers), "mode": params["mode"]}
+    resident = load_decoder(inputs["decoder"], params["decoder"], context)
     with (
-        trained_speechllm(base, inputs["decoder"], params["decoder"], context) as model,
+        trained_speechllm(base, resident) as model,
         pruned(model.decoder, layers),
     ):
         if trainable:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from workers.base import load_decoder, speechllm_on, trained_speechllm
+from workers.base import load_decoder, trained_speechllm, untrained_speechllm
 from workers.batches import Modality, collate, encode, sorted_batches
 from workers.config import Condition, MapSettings, PromptSettings
 from workers.data import read_utterances, spread
@@ -40,20 +40,16 @@ def run(
     )
     condition = Condition.model_validate(params["condition"])
     features = Features(Path(inputs["features"].path)) if "features" in inputs else None
+    resident = load_decoder(inputs["decoder"], params["decoder"], context)
     with ExitStack() as stack:
         if "base" in inputs:
-            model = stack.enter_context(
-                trained_speechllm(
-                    Path(inputs["base"].path), inputs["decoder"], params["decoder"], context
-                )
-            )
+            model = stack.enter_context(trained_speechllm(Path(inputs["base"].path), resident))
         else:
-            decoder, tokenizer = load_decoder(inputs["decoder"], params["decoder"], context)
             # A fresh adapter changes nothing, and text never meets the projector.
             config = SpeechLLMConfig(
                 encoder_dim=1, prompts=PromptSettings.model_validate(params["prompts"])
             )
-            model = stack.enter_context(speechllm_on(decoder, tokenizer, config))
+            model = stack.enter_context(untrained_speechllm(resident, config))
         encoded = encode(model, examples_of(utterances, condition, features), modality)
 
         def batches() -> Iterator[MapBatch]:
