@@ -185,7 +185,7 @@ def test_the_encoder_opens_as_a_plain_folder_and_tells_words_apart(
 def test_an_encoder_has_the_same_bytes_each_time(
     speech: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
-    monkeypatch.setitem(encoders.RECIPES, (kind, "tiny"), Recipe(32, 1, 32, 0.3, 1000.0))
+    monkeypatch.setitem(encoders.RECIPES, (kind, "tiny"), Recipe(32, 1, 32, 5, 1000.0))
     english = {"en": speech["en"]}
     folders = [tmp_path / name for name in ("first", "second", "other")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
@@ -199,7 +199,7 @@ def test_an_encoder_has_the_same_bytes_each_time(
 def test_an_encoder_that_learns_nothing_is_refused(
     speech: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(encoders.RECIPES, ("whisper", "tiny"), Recipe(32, 1, 32, 0.1, 5.0))
+    monkeypatch.setitem(encoders.RECIPES, ("whisper", "tiny"), Recipe(32, 1, 32, 4, 5.0))
     with pytest.raises(RuntimeError, match=r"did not learn: .* at most 5\.0 % wanted"):
         build_encoder("whisper", "tiny", 0, {"en": speech["en"]}, tmp_path, _silent)
     assert not list(tmp_path.iterdir())

@@ -29,14 +29,14 @@ class LabItem:
 CATALOGUE: dict[str, LabItem] = {
     item.name: item
     for item in (
-        LabItem("lab:speech", "data", "speech", "full", cost_seconds=12),
+        LabItem("lab:speech", "data", "speech", "full", cost_seconds=6),
         LabItem("lab:speech-tiny", "data", "speech", "tiny", cost_seconds=2),
-        LabItem("lab:llama", "decoder", "llama", "full", layers=12, cost_seconds=110),
-        LabItem("lab:qwen", "decoder", "qwen", "full", layers=12, cost_seconds=110),
+        LabItem("lab:llama", "decoder", "llama", "full", layers=12, cost_seconds=70),
+        LabItem("lab:qwen", "decoder", "qwen", "full", layers=12, cost_seconds=70),
         LabItem("lab:llama-tiny", "decoder", "llama", "tiny", layers=6, cost_seconds=8),
         LabItem("lab:qwen-tiny", "decoder", "qwen", "tiny", layers=6, cost_seconds=8),
-        LabItem("lab:whisper", "encoder", "whisper", "full", cost_seconds=110),
-        LabItem("lab:conformer", "encoder", "conformer", "full", cost_seconds=110),
+        LabItem("lab:whisper", "encoder", "whisper", "full", cost_seconds=42),
+        LabItem("lab:conformer", "encoder", "conformer", "full", cost_seconds=46),
         LabItem("lab:whisper-tiny", "encoder", "whisper", "tiny", cost_seconds=5),
         LabItem("lab:conformer-tiny", "encoder", "conformer", "tiny", cost_seconds=5),
     )

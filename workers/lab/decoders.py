@@ -39,22 +39,24 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training: full rate until the gate opens, then a linear cool-down."""
+    """One stretch of training: full rate until the gate opens, then a linear cool-down.
+
+    Copying appears abruptly, and when it does depends on the seed: so a gate and no fixed length.
+    """
 
     batch_size: int
     rate_vectors: float
     """AdamW's rate, for embeddings and norms."""
     rate_matrices: float
     """Muon's rate, for the matrices of the layers."""
-    gate: float
-    """Mean exact match on stuttered development text that opens the gate."""
-    most_steps: int
-    """Steps after which the gate opens anyway."""
     cool_down: int
     """Steps from the gate to the end."""
+    gate: float = 0.0
+    """Mean exact match on stuttered development text that opens the gate; 0: it is open."""
+    most_steps: int = 0
+    """Steps after which the gate opens anyway."""
     ramp: int = 0
     """Steps over which stuttering sets in: plain copying is learnt sooner, from shorter prompts."""
-    check_every: int = 10
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ RECIPES: dict[Size, Recipe] = {
         feed_forward=256,
         heads=4,
         sentences=8000,
-        first=Phase(64, 0.02, 0.02, gate=0.6, most_steps=400, cool_down=40),
-        second=Phase(32, 0.005, 0.01, gate=0.85, most_steps=150, cool_down=40),
+        first=Phase(64, 0.02, 0.02, cool_down=100, gate=0.7, most_steps=300, ramp=100),
+        second=Phase(16, 0.002, 0.004, cool_down=30),
         dev_sentences=100,
     ),
     "tiny": Recipe(
@@ -93,16 +95,18 @@ RECIPES: dict[Size, Recipe] = {
         feed_forward=128,
         heads=2,
         sentences=600,
-        first=Phase(32, 0.02, 0.02, gate=0.6, most_steps=120, cool_down=10),
-        second=Phase(16, 0.005, 0.01, gate=0.8, most_steps=20, cool_down=10),
+        first=Phase(32, 0.02, 0.02, cool_down=40, gate=0.6, most_steps=150, ramp=60),
+        second=Phase(16, 0.002, 0.004, cool_down=15),
         dev_sentences=32,
     ),
 }
+CHECK_EVERY = 10
+"""Steps between two looks at the gate."""
 STUTTERED = 0.75
 """Share of training sources that are stuttered; the rest are plain text."""
-NOISE = 0.3
+NOISE = 0.2
 """Standard deviation of the noise on source slots, relative to the embeddings' root mean square."""
-BLUR = 0.3
+BLUR = 0.1
 """Share of source slots that are mixed with the slot before them."""
 
 
@@ -129,10 +133,10 @@ def build_decoder(family: Family, size: Size, seed: int, out: Path, progress: Pr
         text = PromptedText(size, seed, CONDITIONS, counts)
         generator = torch.Generator().manual_seed(seed)
         small = _new(family, recipe, len(recipe.copies), len(text.tokenizer), generator)
-        steps = _train(small, text, recipe.first, 1, generator, lambda f, s: progress(f / 2, s))
+        steps = _train(small, text, recipe.first, 1, generator, lambda f, s: progress(0.8 * f, s))
         deep = _stacked(small, family, recipe, generator)
         steps += _train(
-            deep, text, recipe.second, 2, generator, lambda f, s: progress(0.5 + f / 2, s)
+            deep, text, recipe.second, 2, generator, lambda f, s: progress(0.8 + 0.2 * f, s)
         )
         plain = exact_match(deep, text.development(recipe.dev_sentences, 0.0))
         stuttered = exact_match(deep, text.development(recipe.dev_sentences, 1.0))
@@ -265,7 +269,7 @@ def _train(
     table = model.get_input_embeddings()
     batches: Iterator[Batch] = text.training(phase.batch_size, STUTTERED, phase.ramp, stream)
     checked = text.development(24, 1.0)
-    opened: int | None = None
+    opened: int | None = None if phase.gate else 0
     step = 0
     while opened is None or step < opened + phase.cool_down:
         factor = min(1.0, (step + 1) / 5)
@@ -282,13 +286,15 @@ def _train(
         muon.step()
         model.zero_grad()
         step += 1
-        if opened is None and step % phase.check_every == 0:
+        if step % CHECK_EVERY:
+            continue
+        shown = f"step {step}, loss {loss.item():.2f}"
+        if opened is None:
             matches = exact_match(model, checked)
             mean = math.fsum(matches.values()) / len(matches)
-            if mean >= phase.gate or step >= phase.most_steps:
-                opened = step
-            share = min(1.0, step / (phase.most_steps + phase.cool_down))
-            progress(share, f"step {step}, loss {loss.item():.2f}, exact {mean:.2f}")
+            opened = step if mean >= phase.gate or step >= phase.most_steps else None
+            shown += f", exact {mean:.2f}"
+        progress(step / (phase.cool_down + (phase.most_steps if opened is None else opened)), shown)
     return step
 
 
