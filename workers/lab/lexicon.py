@@ -1,9 +1,9 @@
 """Words of the lab's grammar: what each one means in four languages, and how it inflects.
 
 Chosen so that no rule of spelling is needed that text without punctuation cannot show: no French
-noun or adjective takes an apostrophe, no French or Spanish preposition melts into the article, no
-noun looks like an adjective (German `junge` would be a boy and young). The
-tables are text, since a table of words is easier to check by eye than constructor calls.
+noun or adjective takes an apostrophe, no French or Spanish preposition melts into the article, and
+no noun looks like an adjective (German `junge` would be both a boy and young). The tables are text,
+since a table of words is easier to check by eye than constructor calls.
 """
 
 from dataclasses import dataclass
