@@ -153,9 +153,8 @@ class Driver:
             self._missing[node_id] = len(node.dependencies())
         for node_id in finished:
             self.state[node_id] = "done"
-            if self.assessment.verdicts[node_id] == "reuse":
-                self._reused += 1
-                self.run.note("done", id=node_id, key=self.plan.key(node_id), reused=True)
+            self._reused += 1
+            self.run.note("done", id=node_id, key=self.plan.key(node_id), reused=True)
         for node_id in finished:
             for other in self._dependents[node_id]:
                 self._missing[other] -= 1
