@@ -24,12 +24,6 @@ from workers.manifest import Utterance
 
 LAB_SEED = 0
 LAB_SPLITS = ("train", "dev", "test", "ood")
-TRAINED: dict[HealMode, tuple[str, ...]] = {
-    "none": (),
-    "projector": ("projector",),
-    "decoder": ("decoder",),
-    "joint": ("decoder", "projector"),
-}
 
 
 @dataclass(frozen=True)
@@ -481,7 +475,7 @@ class _Layout:
         inputs, sources = _ports(("decoder", decoder.node, decoder.source))
         inputs["base"] = base
         cost = 0.5
-        if TRAINED[mode]:
+        if mode != "none":
             conditions, more_inputs, more_sources = self._conditions(entry, group, features)
             inputs.update(more_inputs)
             sources.update(more_sources)
