@@ -228,8 +228,9 @@ def _summarise(
         f"{outcome.done} stages done ({outcome.reused} reused, {fresh} run) in {seconds:.0f} s; "
         f"base models loaded {loads} times"
     )
+    records = folder.records() if outcome.failed else {}
     for node_id in outcome.failed:
-        record = folder.records()[node_id]
+        record = records[node_id]
         console.print(f"failed: {node_id} ({record.failure}) {record.message}", markup=False)
         console.print(f"        log: {record.log}", markup=False)
     if outcome.blocked:

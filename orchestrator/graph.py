@@ -58,6 +58,8 @@ class Plan:
 
     sweep: str
     nodes: dict[str, Node]
+    starts: dict[Choice, int] = field(default_factory=dict, repr=False)
+    """Blocks chosen so far: modes and encoders share a choice, and its maps are read once."""
     _keys: dict[str, str] = field(default_factory=dict, repr=False)
 
     def key(self, node_id: str) -> str | None:

@@ -394,7 +394,7 @@ class _Layout:
                 cell={
                     "model": decoder.entry.name,
                     "encoder": entry.name if entry else None,
-                    **_labels(condition),
+                    **condition.model_dump(),
                     "modality": modality,
                     "adapted": base is not None,
                     "layers": decoder.layers,
@@ -546,7 +546,7 @@ class _Layout:
                 cell={
                     "model": decoder.entry.name,
                     "encoder": entry.name,
-                    **_labels(condition),
+                    **condition.model_dump(),
                     "test_set": test.name,
                     "in_domain": test.in_domain,
                     "layers": decoder.layers,
@@ -555,10 +555,6 @@ class _Layout:
                 cost=0.5,
             )
         )
-
-
-def _labels(condition: Condition) -> dict[str, Any]:
-    return condition.model_dump()
 
 
 def _identity(decoder: Decoder) -> str:

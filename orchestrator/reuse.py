@@ -35,13 +35,15 @@ def decide(plan: Plan, node: Node, store: Store) -> bool:
     choice = node.choice
     if choice is None:
         return True
-    tables = []
-    for map_id in choice.maps:
-        key = plan.key(map_id)
-        if key is None or not store.has("map", key):
-            return False
-        tables.append(pd.read_parquet(store.path("map", key) / "map.parquet"))
-    plan.determine(node.id, choose_start(choice, tables))
+    if choice not in plan.starts:
+        tables = []
+        for map_id in choice.maps:
+            key = plan.key(map_id)
+            if key is None or not store.has("map", key):
+                return False
+            tables.append(pd.read_parquet(store.path("map", key) / "map.parquet"))
+        plan.starts[choice] = choose_start(choice, tables)
+    plan.determine(node.id, plan.starts[choice])
     return True
 
 

@@ -25,7 +25,6 @@ class PlainWatch:
 
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total, self.done = console, total, 0
-        self.blocked = 0
 
     def event(self, name: str, node_id: str, detail: dict[str, Any]) -> None:
         """Print what ended, failed or is tried again."""
@@ -36,8 +35,6 @@ class PlainWatch:
             self._line(f"FAILED   {node_id}  ({detail['class']}) {detail['message']}")
         elif name == "retry":
             self._line(f"retry    {node_id}  ({detail['class']}) {detail['message']}")
-        elif name == "blocked":
-            self.blocked += 1
 
     def tick(self, driver: "Driver") -> None:
         """Keep the total in step with what was reused."""
