@@ -252,8 +252,15 @@ class SpeechLLM(nn.Module):
             self.encoder.save_pretrained(folder / "encoder")
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "SpeechLLM":
+    def from_pretrained(
+        cls, folder: Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    ) -> "SpeechLLM":
         """Reads what `save_pretrained` wrote (without an encoder if it was saved without one).
+
+        Args:
+            folder: the model's.
+            dtype: of the decoder; `auto`: as stored.
+            device: where all of it goes.
 
         Raises:
             InvalidInput: not such a folder, or damaged.
@@ -268,7 +275,7 @@ class SpeechLLM(nn.Module):
             )
         try:
             decoder, report = AutoModelForCausalLM.from_pretrained(
-                place, dtype="auto", output_loading_info=True, local_files_only=True
+                place, dtype=dtype, output_loading_info=True, local_files_only=True
             )
             tokenizer = open_tokenizer(place, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -285,7 +292,8 @@ class SpeechLLM(nn.Module):
             )
         encoder = None
         if (folder / "encoder").is_dir():
-            encoder = SpeechEncoder.from_pretrained(folder / "encoder")
+            encoder = SpeechEncoder.from_pretrained(folder / "encoder", device=device)
+        decoder.to(device)
         model = cls.create(decoder, tokenizer, config, seed=0, encoder=encoder)
         if described.get("layers") != model.layer_count:
             raise InvalidInput(

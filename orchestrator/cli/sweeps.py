@@ -1,55 +1,28 @@
-"""The command line: `layersweep`. Parses, prints, and sets the exit status; the work is elsewhere.
+"""The commands on sweeps and runs: plan, run, status, logs, report, and the check of the machine."""
 
-Exit status: 0 all done, 1 some stage failed, 2 usage or configuration, 3 another driver holds the
-run, 130 interrupted.
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from orchestrator.cli.options import (
+    Address,
+    AsJson,
+    Overrides,
+    RunName,
+    StoreFolder,
+    SweepFile,
+    app,
+    console,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from orchestrator.graph import Plan
     from orchestrator.reuse import Assessment
     from orchestrator.store import Store
     from orchestrator.sweep import Sweep
-
-app = typer.Typer(
-    name="layersweep",
-    help="How much of a SpeechLLM's decoder do you need? Plan, run and read pruning sweeps.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).")]
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's name (or its folder), as in runs/RUN.")
-]
-StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of artefacts.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Change one setting of the sweep; repeatable."),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster: auto or host:port; without it Ray starts on this machine."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
-
-def _out() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1))
 
 
 def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[Any, ...]:
@@ -79,7 +52,7 @@ def plan(
     sweep, opened, _, laid_out = _load(sweep_file, store, overrides)
     assessment = assess(laid_out, opened)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "sweep": sweep.name,
                 "stages": [
@@ -103,7 +76,7 @@ def plan(
 def _show_plan(
     sweep: "Sweep", store: "Store", laid_out: "Plan", assessment: "Assessment", every: bool
 ) -> None:
-    out = _out()
+    out = console()
     out.print(
         f"Sweep {sweep.name}: {len(sweep.models)} decoder(s) x {len(sweep.encoders)} encoder(s) x "
         f"{len(sweep.conditions())} conditions x depths {', '.join(map(str, sweep.depths))}"
@@ -162,10 +135,10 @@ def run(
 
     sweep, opened, base, laid_out = _load(sweep_file, store, overrides)
     result = execute(
-        sweep, opened, base, laid_out, address=address, cpus=cpus, plain=as_json, console=_out()
+        sweep, opened, base, laid_out, address=address, cpus=cpus, plain=as_json, console=console()
     )
     if as_json:
-        _print_json(result.data)
+        print_json(result.data)
     raise typer.Exit(result.status)
 
 
@@ -178,9 +151,9 @@ def status(run_name: RunName, as_json: AsJson = False) -> None:
     folder = RunFolder.existing(run_name)
     data = status_data(folder)
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
-        status_table(data, _out())
+        status_table(data, console())
 
 
 @app.command()
@@ -209,7 +182,7 @@ def report(run_name: RunName, as_json: AsJson = False) -> None:
     folder = RunFolder.existing(run_name)
     written = write_report(folder)
     if as_json:
-        _print_json({"verdicts": written.verdicts, "report": str(written.page)})
+        print_json({"verdicts": written.verdicts, "report": str(written.page)})
     else:
         print(written.page)
 
@@ -223,38 +196,10 @@ def doctor(
 
     findings = examine(address, store)
     if as_json:
-        _print_json([vars(finding) for finding in findings])
+        print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             print(f"{finding.state:5} {finding.what}: {finding.found}")
             if finding.remedy:
                 print(f"      -> {finding.remedy}")
     raise typer.Exit(1 if any(finding.state == "fail" for finding in findings) else 0)
-
-
-def main() -> None:
-    """Entry point: turns errors a user can mend into one message and an exit status."""
-    from cluster.connection import BadAddress, ClusterUnreachable
-    from orchestrator.runs import RunHeld
-    from workers.errors import InvalidInput
-
-    try:
-        app()
-    except (InvalidInput, BadAddress) as error:
-        _complain(str(error), 2)
-    except ClusterUnreachable as error:
-        _complain(f"{error}; `layersweep doctor` says more", 2)
-    except RunHeld as error:
-        _complain(str(error), 3)
-    except KeyboardInterrupt:
-        _complain("interrupted", 130)
-
-
-def _complain(message: str, status: int) -> None:
-    for line in message.splitlines():
-        print(f"layersweep: {line}", file=sys.stderr)
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,34 @@
+"""The command line: `layersweep`. Parses, prints, and sets the exit status; the work is elsewhere.
+
+Exit status: 0 all done, 1 some stage failed, 2 usage or configuration, 3 another driver holds the
+run, 130 interrupted.
+"""
+
+import sys
+
+from orchestrator.cli import sweeps as sweeps
+from orchestrator.cli.options import app as app
+
+
+def main() -> None:
+    """Entry point: turns errors a user can mend into one message and an exit status."""
+    from cluster.connection import BadAddress, ClusterUnreachable
+    from orchestrator.runs import RunHeld
+    from workers.errors import InvalidInput
+
+    try:
+        app()
+    except (InvalidInput, BadAddress) as error:
+        _complain(str(error), 2)
+    except ClusterUnreachable as error:
+        _complain(f"{error}; `layersweep doctor` says more", 2)
+    except RunHeld as error:
+        _complain(str(error), 3)
+    except KeyboardInterrupt:
+        _complain("interrupted", 130)
+
+
+def _complain(message: str, status: int) -> None:
+    for line in message.splitlines():
+        print(f"layersweep: {line}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,5 @@
+"""`python -m orchestrator.cli`, for checkouts that are not installed."""
+
+from orchestrator.cli import main
+
+main()

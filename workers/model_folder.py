@@ -1,0 +1,171 @@
+"""What a model folder (or hub repository) holds, and opening it: the MODEL of the commands.
+
+Four kinds: a plain causal LM, a peft adapter on one, a Layersweep SpeechLLM, and a SpeechLLM that
+transformers itself supports.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from workers.errors import InvalidInput
+from workers.speechllm import SpeechLLM, open_tokenizer
+
+ModelKind = Literal["causal-lm", "adapter", "speechllm", "released"]
+DESCRIPTIONS: dict[str, ModelKind] = {
+    "speechllm.json": "speechllm",
+    "adapter_config.json": "adapter",
+    "config.json": "causal-lm",
+}
+"""File that tells the kind; the first one found counts."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """A model in memory, in evaluation mode, nothing in it requiring a gradient."""
+
+    kind: ModelKind
+    decoder: PreTrainedModel | PeftModel
+    """The causal LM, with peft's layers in it where there is an adapter."""
+    tokenizer: PreTrainedTokenizerBase
+    speechllm: SpeechLLM | None = None
+    """The whole of it, where there is more than a decoder."""
+
+
+def model_kind(reference: str, revision: str | None = None) -> ModelKind:
+    """What a folder or hub id holds, from its small files alone.
+
+    Raises:
+        InvalidInput: no such folder, nothing in it that can be opened, or the hub cannot be asked.
+    """
+    for name, kind in DESCRIPTIONS.items():
+        if _file(reference, name, revision) is not None:
+            return kind
+    raise InvalidInput(
+        f"no model in it: there is none of {', '.join(DESCRIPTIONS)}",
+        reference,
+        "name a folder that from_pretrained can open, or a hub id",
+    )
+
+
+def open_model(
+    reference: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """Open whatever `reference` names.
+
+    Args:
+        reference: a folder or a hub id.
+        revision: of a hub repository.
+        dtype: of the decoder; `auto`: as stored.
+        device: where it goes.
+        trust_remote_code: let the repository's own code run.
+
+    Raises:
+        InvalidInput: nothing there, or it cannot be opened; says why.
+    """
+    kind = model_kind(reference, revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if kind == "speechllm":
+        model = SpeechLLM.from_pretrained(Path(reference), dtype=dtype, device=device)
+        return OpenedModel(kind, model.decoder, model.tokenizer, model)
+    try:
+        if kind == "adapter":
+            described = PeftConfig.from_pretrained(reference, revision=revision)
+            base = str(described.base_model_name_or_path or "")
+            beside = Path(reference) / base
+            if not base:
+                raise InvalidInput(
+                    "the adapter does not say which model it belongs to",
+                    f"{reference}/adapter_config.json",
+                    "set base_model_name_or_path to a folder or a hub id",
+                )
+            place = str(beside) if Path(reference).is_dir() and beside.is_dir() else base
+            decoder = _causal_lm(place, dtype, {**options, "revision": described.revision})
+            # A wrong layer count goes unnoticed by peft, and every layer gets another one's weights.
+            _check_adapter_layers(reference, revision, decoder)
+            decoder = PeftModel.from_pretrained(decoder, reference, revision=revision)
+            tokenizer = open_tokenizer(place, **{**options, "revision": described.revision})
+        else:
+            decoder = _causal_lm(reference, dtype, options)
+            tokenizer = open_tokenizer(reference, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InvalidInput(f"the model cannot be opened: {first}", reference) from error
+    decoder.to(device).eval().requires_grad_(False)
+    return OpenedModel(kind, decoder, tokenizer)
+
+
+def _causal_lm(reference: str, dtype: str | torch.dtype, options: dict[str, Any]) -> Any:
+    decoder, report = AutoModelForCausalLM.from_pretrained(
+        reference, dtype=dtype, output_loading_info=True, **options
+    )
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing:
+        raise InvalidInput(
+            f"{len(missing)} weights are missing, such as {missing[0]}",
+            reference,
+            "repair the file",
+        )
+    return decoder
+
+
+def _check_adapter_layers(reference: str, revision: str | None, decoder: Any) -> None:
+    from safetensors import safe_open
+
+    from workers.surgery import decoder_parts
+
+    file = _file(reference, "adapter_model.safetensors", revision)
+    if file is None:
+        raise InvalidInput(
+            "the adapter has no adapter_model.safetensors",
+            reference,
+            "save it as safetensors; pickled weights are not read",
+        )
+    parts = decoder_parts(decoder)
+    with safe_open(file, framework="pt") as stored:
+        numbers = {
+            int(name.partition(f"{parts.path}.")[2].partition(".")[0])
+            for name in stored.keys()  # noqa: SIM118 - no mapping
+            if f"{parts.path}." in name
+        }
+    if numbers and max(numbers) >= len(parts.layers):
+        raise InvalidInput(
+            f"the adapter has weights for layer {max(numbers)}, the decoder has "
+            f"{len(parts.layers)} layers",
+            reference,
+            "use the model it was trained on, or prune the two together (layersweep prune)",
+        )
+
+
+def _file(reference: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder or a hub repository; None if there is no such file."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if folder.exists() or reference.count("/") != 1 or reference.startswith((".", "/", "~")):
+        raise InvalidInput(
+            f"no folder {folder}", "MODEL", "name a model folder or a hub id (org/name)"
+        )
+    try:
+        return Path(hf_hub_download(reference, name, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # noqa: BLE001 - the client raises its transport's own types
+        first = str(error).strip().partition("\n")[0]
+        raise InvalidInput(
+            f"no folder of that name, and the hub cannot be asked: {first}",
+            reference,
+            "check the name; `layersweep doctor` tests hub access",
+        ) from None
