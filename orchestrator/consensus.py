@@ -82,7 +82,9 @@ def best_start(distances: Mapping[int, float]) -> int:
     return min(distances, key=lambda start: (distances[start], start))
 
 
-def shared_start(tables: Sequence[pd.DataFrame], depth: int, pool: str) -> int:
+def shared_start(
+    tables: Sequence[pd.DataFrame], depth: int, pool: str, criterion: str = "angular"
+) -> int:
     """Start of the block all conditions can share at one depth.
 
     With regret `r_c(s) = d_c(s, depth) - min_s' d_c(s', depth)`, the start that minimises the
@@ -93,13 +95,16 @@ def shared_start(tables: Sequence[pd.DataFrame], depth: int, pool: str) -> int:
         tables: one map a condition, each with the columns of `maps.parquet`.
         depth: number of layers to remove.
         pool: token pool the distances are read from.
+        criterion: what the distances are.
 
     Raises:
         InvalidInput: no table, or one lacks a block of this depth or is of another size.
     """
     rows = []
     for table in tables:
-        chosen = table[(table["depth"] == depth) & (table["pool"] == pool)].sort_values("start")
+        of_pool = by_criterion(table, criterion)
+        chosen = of_pool[(of_pool["depth"] == depth) & (of_pool["pool"] == pool)]
+        chosen = chosen.sort_values("start")
         row = chosen["distance"].to_numpy(dtype=np.float64)
         if list(chosen["start"]) != list(range(len(row))) or not len(row):
             raise InvalidInput(f"a map lacks blocks of depth {depth} in pool {pool}", "maps")
@@ -129,8 +134,15 @@ def block_regret(measured: ModelMaps, depth: int, start: int) -> tuple[float, fl
     return float(np.mean(regrets)), float(np.max(regrets))
 
 
-def model_maps(maps: pd.DataFrame, pool: str) -> dict[str, ModelMaps]:
-    """Every model's maps in one pool, as arrays.
+def by_criterion(maps: pd.DataFrame, criterion: str) -> pd.DataFrame:
+    """The rows of one criterion; where none is named, distances are angular."""
+    if "criterion" in maps.columns:
+        return maps[maps["criterion"].fillna("angular") == criterion]
+    return maps if criterion == "angular" else maps.iloc[:0]
+
+
+def model_maps(maps: pd.DataFrame, pool: str, criterion: str = "angular") -> dict[str, ModelMaps]:
+    """Every model's maps by one criterion in one pool, as arrays.
 
     Raises:
         InvalidInput: one condition has two values for the same block.
@@ -140,7 +152,8 @@ def model_maps(maps: pd.DataFrame, pool: str) -> dict[str, ModelMaps]:
         layers = int((of_model["start"] + of_model["depth"]).max())
         distances: dict[MapCondition, Floats] = {}
         errors: dict[MapCondition, Floats] = {}
-        in_pool = of_model[of_model["pool"] == pool]
+        of_criterion = by_criterion(of_model, criterion)
+        in_pool = of_criterion[of_criterion["pool"] == pool]
         for key, rows in in_pool.groupby(_CONDITION, dropna=False, sort=True):
             condition = _condition(key)
             starts = rows["start"].to_numpy(dtype=int)

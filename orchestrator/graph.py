@@ -17,6 +17,7 @@ class Choice:
     depth: int
     pool: str
     layers: int
+    criterion: str = "angular"
     maps: tuple[str, ...] = ()
     """Ids of the map nodes it is chosen from; empty when it needs none."""
     start: int | None = None

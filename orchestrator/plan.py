@@ -17,7 +17,7 @@ from orchestrator.sources import (
     model_source,
 )
 from orchestrator.sweep import EncoderEntry, ModelEntry, SelectorEntry, Sweep, TaskEntry, TestSet
-from workers.config import Condition, HealMode
+from workers.config import Condition, HealMode, MapSettings
 from workers.errors import InvalidInput
 from workers.lab.catalogue import SPEECH_LANGUAGES, LabItem, lab_item
 from workers.manifest import Utterance
@@ -263,6 +263,7 @@ class _Layout:
             for cell in cells:
                 self._map(decoder, None, cell, "text", None, None)
         speech_maps: dict[tuple[str, str], str] = {}
+        damages: dict[tuple[str, str], str] = {}
         bases: dict[tuple[str, str], str] = {}
         features: dict[tuple[str, str], str] = {}
         for entry, node, source in encoders:
@@ -277,19 +278,16 @@ class _Layout:
                     bases[entry.name, label] = base
                     if sweep.maps.text:
                         self._map(decoder, entry, cell, "text", base, None)
-                    speech_maps[entry.name, label] = self._map(
-                        decoder,
-                        entry,
-                        cell,
-                        "speech",
-                        base,
-                        features[entry.name, cell.dev.label],
-                    )
+                    speech = (decoder, entry, cell, "speech", base)
+                    heard = features[entry.name, cell.dev.label]
+                    speech_maps[entry.name, label] = self._map(*speech, heard)
+                    if sweep.maps.damage is not None:
+                        damages[entry.name, label] = self._damage(*speech, heard)
         for entry, _, _ in encoders:
             groups = [list(cells)] if sweep.share.heal else [[cell] for cell in cells]
             for group in groups:
                 base = bases[entry.name, group[0].condition.label]
-                self._heals(decoder, entry, group, base, speech_maps, features)
+                self._heals(decoder, entry, group, base, speech_maps, damages, features)
 
     def _conditions(
         self,
@@ -362,6 +360,38 @@ class _Layout:
         base: str | None,
         features: str | None,
     ) -> str:
+        settings = self.sweep.maps.model_dump(include=set(MapSettings.model_fields))
+        settings |= {name: list(settings[name]) for name in ("pools", "criteria")}
+        return self._measured("map", settings, 2.0, decoder, entry, cell, modality, base, features)
+
+    def _damage(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry | None,
+        cell: Cell,
+        modality: str,
+        base: str | None,
+        features: str | None,
+    ) -> str:
+        assert self.sweep.maps.damage is not None
+        settings = self.sweep.maps.damage.model_dump(mode="json")
+        return self._measured(
+            "damage", settings, 6.0, decoder, entry, cell, modality, base, features
+        )
+
+    def _measured(
+        self,
+        kind: str,
+        settings: dict[str, Any],
+        cost: float,
+        decoder: Decoder,
+        entry: EncoderEntry | None,
+        cell: Cell,
+        modality: str,
+        base: str | None,
+        features: str | None,
+    ) -> str:
+        """A stage that measures every block under one condition."""
         ported = _ports(
             ("decoder", decoder.node, decoder.source),
             ("data", cell.dev.node, cell.dev.source),
@@ -372,13 +402,11 @@ class _Layout:
         if features is not None:
             inputs["features"] = features
         condition = cell.condition
-        settings = self.sweep.maps.model_dump(include={"samples", "batch_size", "pools"})
-        settings["pools"] = list(settings["pools"])
         who = decoder.entry.name if entry is None else f"{decoder.entry.name}+{entry.name}"
         return self._add(
             Node(
-                id=f"map/{who}/{condition.label}/{modality}",
-                kind="map",
+                id=f"{kind}/{who}/{condition.label}/{modality}",
+                kind=kind,
                 params={
                     "decoder": self._decoder_params(decoder),
                     "condition": condition.model_dump(),
@@ -399,7 +427,7 @@ class _Layout:
                     "adapted": base is not None,
                     "layers": decoder.layers,
                 },
-                cost=2.0,
+                cost=cost,
             )
         )
 
@@ -410,10 +438,11 @@ class _Layout:
         group: Sequence[Cell],
         base: str,
         speech_maps: dict[tuple[str, str], str],
+        damages: dict[tuple[str, str], str],
         features: dict[tuple[str, str], str],
     ) -> None:
         sweep = self.sweep
-        own = tuple(speech_maps[entry.name, cell.condition.label] for cell in group)
+        own = [(entry.name, cell.condition.label) for cell in group]
         for depth in sweep.depths:
             for selector in sweep.selectors if depth else [None]:
                 for mode in sweep.heal.modes:
@@ -423,10 +452,9 @@ class _Layout:
                             continue  # nothing in it depends on a seed
                         choice = None
                         if selector is not None:
-                            maps = {
-                                "own": own,
-                                "consensus": tuple(speech_maps.values()),
-                            }.get(selector.selector, ())
+                            source = damages if selector.criterion == "damage" else speech_maps
+                            read = {"own": own, "consensus": list(source)}
+                            maps = tuple(source[name] for name in read.get(selector.selector, ()))
                             choice = self._choice(selector, depth, decoder.layers, maps, seed)
                         shown_seed = None if mode == "none" and not random_block else seed
                         self._heal(
@@ -445,8 +473,9 @@ class _Layout:
         return Choice(
             selector=selector.selector,
             depth=depth,
-            pool=self.sweep.maps.pool,
+            pool=self.sweep.maps.pool_of(selector.criterion),
             layers=layers,
+            criterion=selector.criterion,
             maps=maps,
             start=selector.start,
             seed=seed,

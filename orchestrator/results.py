@@ -54,13 +54,13 @@ def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> 
 
 
 def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
-    """One row per map, pool and block (columns of the design's `maps.parquet`)."""
+    """One row per map, criterion, pool and block (columns of the design's `maps.parquet`)."""
     parts = []
-    for node in plan.by_kind("map"):
+    for node in (*plan.by_kind("map"), *plan.by_kind("damage")):
         key = plan.key(node.id)
-        if key is None or not store.has("map", key):
+        if key is None or not store.has(node.kind, key):
             continue
-        part = pd.read_parquet(store.path("map", key) / "map.parquet")
+        part = pd.read_parquet(store.path(node.kind, key) / "map.parquet")
         labels = {name: value for name, value in node.cell.items() if name != "layers"}
         parts.append(part.assign(**labels, stage_key=key))
     if not parts:

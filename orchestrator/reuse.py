@@ -10,7 +10,7 @@ from orchestrator.selectors import choose_start
 from orchestrator.store import Store
 
 Verdict = Literal["run", "reuse", "undetermined", "unneeded"]
-TARGETS = ("evaluate", "map")
+TARGETS = ("evaluate", "map", "damage")
 """Kinds a sweep is run for; the others are made only where one of these needs them."""
 
 
@@ -38,10 +38,10 @@ def decide(plan: Plan, node: Node, store: Store) -> bool:
     if choice not in plan.starts:
         tables = []
         for map_id in choice.maps:
-            key = plan.key(map_id)
-            if key is None or not store.has("map", key):
+            kind, key = plan.nodes[map_id].kind, plan.key(map_id)
+            if key is None or not store.has(kind, key):
                 return False
-            tables.append(pd.read_parquet(store.path("map", key) / "map.parquet"))
+            tables.append(pd.read_parquet(store.path(kind, key) / "map.parquet"))
         plan.starts[choice] = choose_start(choice, tables)
     plan.determine(node.id, plan.starts[choice])
     return True

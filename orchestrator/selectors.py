@@ -13,7 +13,7 @@ def choose_start(choice: Choice, maps: Sequence[pd.DataFrame]) -> int:
     """First layer of the block a selector chooses.
 
     Args:
-        choice: selector, depth, pool and layers.
+        choice: selector, criterion, depth, pool and layers.
         maps: the map tables of `choice.maps`, in order.
 
     Returns:
@@ -23,7 +23,7 @@ def choose_start(choice: Choice, maps: Sequence[pd.DataFrame]) -> int:
     """
     match choice.selector:
         case "own" | "consensus":
-            return shared_start(maps, choice.depth, choice.pool)
+            return shared_start(maps, choice.depth, choice.pool, choice.criterion)
         case "last":
             return choice.layers - choice.depth
         case "random":

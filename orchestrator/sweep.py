@@ -17,6 +17,8 @@ from workers.config import (
     LANGUAGE_NAMES,
     AdaptSettings,
     Condition,
+    Criterion,
+    DamageSettings,
     DecodeSettings,
     HealMode,
     HealSettings,
@@ -131,6 +133,9 @@ class SelectorEntry(Settings):
     selector: SelectorName
     start: int | None = Field(None, ge=0)
     """First removed layer (`fixed` only)."""
+    criterion: Criterion = "angular"
+    """What `own` and `consensus` read from the maps: one of `maps.criteria`, or `damage` (with
+    `maps.damage`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -141,11 +146,15 @@ class SelectorEntry(Settings):
     def _whole(self) -> "SelectorEntry":
         if (self.selector == "fixed") != (self.start is not None):
             raise ValueError("selector fixed needs start, and only fixed takes one")
+        if self.criterion != "angular" and self.selector not in ("own", "consensus"):
+            raise ValueError(f"selector {self.selector} reads no map: leave criterion out")
         return self
 
     @property
     def label(self) -> str:
-        """`own`, `consensus`, …, `fixed-5`."""
+        """`own`, `consensus-damage`, …, `fixed-5`."""
+        if self.criterion != "angular":
+            return f"{self.selector}-{self.criterion}"
         return self.selector if self.start is None else f"{self.selector}-{self.start}"
 
 
@@ -162,6 +171,18 @@ class MapEntry(MapSettings):
     """Token pool the selectors and the consensus read."""
     text: bool = True
     """Also map the decoder on transcripts in place of speech, before and after adaptation."""
+    damage: DamageSettings | None = None
+    """Also measure the damage of skipping each block on speech, and hold the other criteria against
+    it; `true` for the defaults."""
+
+    @field_validator("damage", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    def pool_of(self, criterion: Criterion) -> Pool:
+        """The token pool a selector reads for a criterion."""
+        return "target" if criterion == "damage" else self.pool
 
 
 class Sharing(Settings):
@@ -266,7 +287,26 @@ class Sweep(Settings):
             raise ValueError(f"condition {twice[0]} stands twice under tasks")
         if self.maps.pool not in self.maps.pools:
             raise ValueError(f"maps.pool {self.maps.pool} is not among maps.pools")
+        for entry in self.selectors:
+            self._check_criterion(entry)
         return self
+
+    def _check_criterion(self, entry: SelectorEntry) -> None:
+        maps, name = self.maps, f"selector {entry.label}"
+        if entry.selector not in ("own", "consensus"):
+            return
+        if entry.criterion == "damage":
+            if maps.damage is None:
+                raise ValueError(f"{name} needs damage maps: set maps.damage: true")
+            missing = [d for d in self.depths if d and d not in (maps.damage.depths or self.depths)]
+            if missing:
+                raise ValueError(f"{name} needs depth {missing[0]} among maps.damage.depths")
+        elif entry.criterion not in maps.criteria:
+            raise ValueError(f"{name} needs {entry.criterion} among maps.criteria")
+        elif entry.criterion == "cka" and maps.pool == "last":
+            raise ValueError(
+                f"{name}: cka needs several tokens, and pool last has one: set maps.pool"
+            )
 
     def conditions(self) -> list[Condition]:
         """Every (task, language) the sweep names, in file order."""

@@ -11,6 +11,9 @@ Task = Literal["asr", "ast"]
 HealMode = Literal["none", "projector", "decoder", "joint"]
 Pool = Literal["last", "prompt", "audio", "target", "all"]
 POOLS: tuple[Pool, ...] = ("last", "prompt", "audio", "target", "all")
+Criterion = Literal["angular", "influence", "cka", "damage"]
+CHEAP_CRITERIA: tuple[Criterion, ...] = ("angular", "influence", "cka")
+"""Those that one forward pass gives; `damage` skips every block."""
 
 LANGUAGE_NAMES = {
     "ar": "Arabic", "ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek",
@@ -104,6 +107,18 @@ class MapSettings(Settings):
     batch_size: int = Field(16, ge=1)
     pools: tuple[Pool, ...] = POOLS
     """Token pools measured (all in one pass)."""
+    criteria: tuple[Literal["angular", "influence", "cka"], ...] = Field(("angular",), min_length=1)
+    """Criteria measured (all in that pass)."""
+
+
+class DamageSettings(Settings):
+    """How damage maps are measured: the loss with each block skipped, before any healing."""
+
+    samples: int = Field(32, ge=2)
+    """Utterances of the development set. All blocks of L layers cost about L²/6 forward passes of
+    these."""
+    depths: tuple[int, ...] | None = None
+    """Depths measured; None: all."""
 
 
 class DecodeSettings(Settings):

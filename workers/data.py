@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pyarrow.parquet as pq
 
+from workers.audio import read_audio
 from workers.config import Condition
 from workers.errors import InvalidInput
 from workers.manifest import Utterance, read_manifest
 
 TEXT_COLUMN = "text_"
+Sample = TypeVar("Sample")
 
 
 def read_utterances(path: Path, split: str | None, *, audio: bool = False) -> list[Utterance]:
@@ -65,8 +69,31 @@ def target_text(utterance: Utterance, condition: Condition) -> str:
     return text
 
 
-def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
-    """`count` utterances evenly spaced over the list (all, if it has fewer)."""
-    if len(utterances) <= count:
-        return list(utterances)
-    return [utterances[i * len(utterances) // count] for i in range(count)]
+def utterance_audio(utterance: Utterance, sampling_rate: int) -> np.ndarray:
+    """The utterance's waveform `[samples]`, at the rate asked for.
+
+    Raises:
+        InvalidInput: the audio cannot be read; names the manifest's line where there is one.
+    """
+    source = utterance.audio_bytes if utterance.audio_bytes is not None else utterance.audio_path
+    assert source is not None
+    try:
+        return read_audio(
+            source,
+            sampling_rate,
+            utterance.offset,
+            utterance.duration,
+            utterance.sampling_rate,
+        )
+    except InvalidInput as error:
+        if not utterance.where:
+            raise
+        problem = f"{error.where}: {error.problem}"
+        raise InvalidInput(problem, utterance.where, error.remedy) from None
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` samples evenly spaced over the list (all, if it has fewer)."""
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[i * len(samples) // count] for i in range(count)]

@@ -1,8 +1,11 @@
 """From data and encoder features to the examples a SpeechLLM learns from or is tested on."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from workers.batches import Example
 from workers.config import Condition
@@ -10,6 +13,19 @@ from workers.data import read_utterances, target_text
 from workers.features import Features
 from workers.manifest import Utterance
 from workers.stages import Input
+
+
+def example_of(utterance: Utterance, condition: Condition, frames: Tensor | None) -> Example:
+    """One utterance under one condition; `frames` `[time, encoder_dim]`, None for its transcript."""
+    return Example(
+        id=utterance.id,
+        condition=condition,
+        frames=frames,
+        source_text=utterance.text,
+        target_text=target_text(utterance, condition),
+        duration=utterance.duration or 0.0,
+        words=utterance.words,
+    )
 
 
 def examples_of(
@@ -22,24 +38,16 @@ def examples_of(
         condition: what is asked of them.
         features: encoder output by utterance id; None for text in place of speech.
     """
-    return [
-        Example(
-            id=utterance.id,
-            condition=condition,
-            frames=features[utterance.id] if features is not None else None,
-            source_text=utterance.text,
-            target_text=target_text(utterance, condition),
-            duration=_seconds(utterance, features),
-            words=utterance.words,
-        )
-        for utterance in utterances
-    ]
-
-
-def _seconds(utterance: Utterance, features: Features | None) -> float:
-    if utterance.duration is not None:
-        return utterance.duration
-    return features.seconds(utterance.id) if features is not None else 0.0
+    examples = []
+    for utterance in utterances:
+        if features is None:
+            examples.append(example_of(utterance, condition, None))
+            continue
+        example = example_of(utterance, condition, features[utterance.id])
+        if utterance.duration is None:
+            example = dataclasses.replace(example, duration=features.seconds(utterance.id))
+        examples.append(example)
+    return examples
 
 
 def training_examples(

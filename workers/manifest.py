@@ -25,33 +25,56 @@ class Utterance:
     audio_bytes: bytes | None = None
     words: tuple[tuple[str, float, float], ...] = ()
     """Word, start, end (seconds), where the data has them."""
+    sampling_rate: int | None = None
+    """What the data say of the file's rate, in Hz."""
+    where: str = ""
+    """File and line of a manifest."""
 
     def translation(self, target: str) -> str | None:
         """The text in `target`, if there is one."""
         return self.translations.get(target, self.translations.get(""))
 
 
-def read_manifest(path: Path) -> list[Utterance]:
+def read_manifest(path: Path, skipped: list[InvalidInput] | None = None) -> list[Utterance]:
     """Read a manifest; audio paths are relative to it.
+
+    Args:
+        path: the JSONL file.
+        skipped: receives what is wrong with bad lines, which are then left out; None: raise.
 
     Raises:
         InvalidInput: a line that is no JSON object, lacks a field, or names missing audio; or no
-            lines at all. Names file and line.
+            (good) lines at all. Names file and line.
     """
-    utterances = []
+    utterances: list[Utterance] = []
+    seen: set[str] = set()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", str(path)) from None
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            utterances.append(_utterance(line, path, number))
+        if not line.strip():
+            continue
+        try:
+            utterance = _utterance(line, path, number)
+            if utterance.id in seen:
+                raise InvalidInput(
+                    f"id {utterance.id!r} stands twice",
+                    utterance.where,
+                    "give every line its own id",
+                )
+        except InvalidInput as error:
+            if skipped is None:
+                raise
+            skipped.append(error)
+            continue
+        seen.add(utterance.id)
+        utterances.append(utterance)
     if not utterances:
-        raise InvalidInput("the data set is empty", str(path), "a manifest has one JSON a line")
-    ids = [u.id for u in utterances]
-    if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise InvalidInput(f"id {twice!r} stands twice", str(path), "give every line its own id")
+        bad = f" (all {len(skipped)} lines are bad: {skipped[0]})" if skipped else ""
+        raise InvalidInput(
+            f"the data set is empty{bad}", str(path), "a manifest has one JSON a line"
+        )
     return utterances
 
 
@@ -72,6 +95,9 @@ def _utterance(line: str, path: Path, number: int) -> Utterance:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
             raise InvalidInput(f"{name} is not a number of seconds: {value!r}", where)
+    rate = row.get("sampling_rate", row.get("sample_rate"))
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or rate <= 0):
+        raise InvalidInput(f"sampling_rate is not a number of Hz: {rate!r}", where)
     audio = path.parent / row["audio_filepath"]
     if not audio.is_file():
         raise InvalidInput(f"no audio file {audio}", where, "paths are relative to the manifest")
@@ -91,6 +117,8 @@ def _utterance(line: str, path: Path, number: int) -> Utterance:
         offset=float(row.get("offset") or 0.0),
         audio_path=audio,
         words=_words(row.get("words"), where),
+        sampling_rate=rate,
+        where=where,
     )
 
 

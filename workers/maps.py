@@ -1,38 +1,33 @@
-"""Redundancy maps: how far the residual stream turns across every block of layers.
+"""Measuring redundancy maps: how the residual stream differs between the two ends of every block.
 
-One pass over the data gives all L(L+1)/2 blocks: layer inputs are caught by hooks, the last layer's
-output before the final norm, and no language-model head runs. Kept are one value per utterance and
-block, which is what errors, bootstrap and near-ties need; which block to remove where maps disagree
-is decided elsewhere.
+One pass over the data gives all L(L+1)/2 blocks by every criterion: layer inputs are caught by
+hooks, the last layer's output before the final norm, and no language-model head runs. What comes
+out is a `redundancy.RedundancyMap`; what a block is worth when it is really skipped is `damage`.
 """
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from workers.config import POOLS, Pool
+from workers.config import CHEAP_CRITERIA, POOLS, Criterion, Pool
 from workers.errors import InvalidInput, NotFinite
+from workers.redundancy import Measure, RedundancyMap, Values, pairs_of
 from workers.surgery import DecoderParts, decoder_parts, evaluating
 
-FORMAT = 1
 _STATE_BYTES = 2 << 30
 """States of one forward pass kept at a time; larger batches are split by rows."""
 _CHUNK_BYTES = (4 << 20, 256 << 20)
 """Float64 copies of states worked on at a time: what a CPU's cache holds, and an accelerator."""
 _CHUNK_TOKENS = 64
 """The least, however wide the decoder."""
+CKA_TOKENS = 4
+"""The fewest tokens of a pool that an utterance needs for its (unbiased) HSIC."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +43,9 @@ class MapBatch:
     pools: dict[Pool, Tensor]
     """Boolean `[batch, time]`: the tokens of each pool. Padding never counts. An utterance without
     a token in a pool is not counted there."""
+    labels: Tensor | None = None
+    """`[batch, time]`: the token each position should predict, `batches.IGNORED` where none; only
+    `damage` needs them."""
 
     @property
     def position_ids(self) -> Tensor:
@@ -61,177 +59,8 @@ class MapBatch:
             self.inputs_embeds[start:stop],
             self.attention_mask[start:stop],
             {pool: mask[start:stop] for pool, mask in self.pools.items()},
+            None if self.labels is None else self.labels[start:stop],
         )
-
-
-@dataclass(frozen=True, eq=False)
-class RedundancyMap:
-    """Distances of every block, per utterance and token pool."""
-
-    layers: int
-    """Layers of the decoder, L."""
-    ids: dict[Pool, tuple[str, ...]]
-    """Utterances counted in each pool, sorted."""
-    utterance_values: dict[Pool, np.ndarray]
-    """Float32 `[samples, cells]` per pool, 0 to 1: the mean over the utterance's tokens. Cells are
-    ordered as `blocks`, rows as `ids`."""
-    _drawn: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, repr=False)
-
-    @property
-    def pools(self) -> tuple[Pool, ...]:
-        """Pools that have at least one utterance."""
-        return tuple(self.utterance_values)
-
-    @cached_property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Start and depth of each cell."""
-        return blocks_of(self.layers)
-
-    def distances(self, depth: int, pool: Pool) -> np.ndarray:
-        """Float32 `[samples, starts]`: what each utterance says of each block of this depth.
-
-        Raises:
-            InvalidInput: there is no such depth or pool.
-        """
-        if not 1 <= depth <= self.layers:
-            raise InvalidInput(
-                f"the map has no blocks of depth {depth}",
-                "depth",
-                f"choose 1 to {self.layers}",
-            )
-        if pool not in self.utterance_values:
-            raise InvalidInput(
-                f"the map has no pool {pool!r}", "pool", f"choose among {', '.join(self.pools)}"
-            )
-        columns = [i for i, (_, n) in enumerate(self.blocks) if n == depth]
-        return self.utterance_values[pool][:, columns]
-
-    def table(self) -> pd.DataFrame:
-        """One row a cell: pool, start, depth, distance, std_error, samples.
-
-        `distance` is the mean over utterances, `std_error` that mean's standard error (null for a
-        single utterance); both are summed in float64.
-        """
-        starts, depths = zip(*self.blocks, strict=True)
-        parts = []
-        for pool, values in self.utterance_values.items():
-            count = len(values)
-            wide = values.astype(np.float64)
-            spread = wide.std(axis=0, ddof=1) if count > 1 else np.full(wide.shape[1], np.nan)
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "pool": pool,
-                        "start": starts,
-                        "depth": depths,
-                        "distance": wide.mean(axis=0),
-                        "std_error": spread / np.sqrt(count),
-                        "samples": count,
-                    }
-                )
-            )
-        return pd.concat(parts, ignore_index=True)
-
-    def best(self, depth: int, pool: Pool) -> int:
-        """Start of the block with the smallest distance; the lowest one where several have it."""
-        return int(_means(self.distances(depth, pool)).argmin())
-
-    def stability(
-        self, depth: int, pool: Pool, resamples: int = 1000, seed: int = 0
-    ) -> dict[int, float]:
-        """How often each start is the best one when utterances are drawn again with replacement.
-
-        Returns:
-            Fraction of `resamples` for every start, in order; they add up to 1.
-        """
-        values = self.distances(depth, pool)
-        winners = self._resampled(values, resamples, seed).argmin(axis=1)
-        counts = np.bincount(winners, minlength=values.shape[1])
-        return {start: int(count) / resamples for start, count in enumerate(counts)}
-
-    def near_ties(
-        self, depth: int, pool: Pool, resamples: int = 1000, seed: int = 0
-    ) -> tuple[int, ...]:
-        """Starts that these utterances can't tell from the best one, without the best itself.
-
-        Those whose paired difference to the best block has 0 within its 95 % bootstrap interval
-        (percentiles, utterances drawn with replacement).
-        """
-        values = self.distances(depth, pool).astype(np.float64)
-        best = self.best(depth, pool)
-        paired = self._resampled(values - values[:, [best]], resamples, seed)
-        low, high = np.percentile(paired, [2.5, 97.5], axis=0)
-        return tuple(
-            start
-            for start in range(values.shape[1])
-            if start != best and low[start] <= 0 <= high[start]
-        )
-
-    def save(self, folder: Path) -> None:
-        """Writes `map.parquet` (the table), `values.safetensors` and `map.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.table().to_parquet(folder / "map.parquet", index=False)
-        save_file(
-            {str(k): v for k, v in self.utterance_values.items()}, folder / "values.safetensors"
-        )
-        described = {
-            "format": FORMAT,
-            "layers": self.layers,
-            "pools": list(self.pools),
-            "ids": {pool: list(ids) for pool, ids in self.ids.items()},
-        }
-        (folder / "map.json").write_text(json.dumps(described, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> "RedundancyMap":
-        """Reads what `save` wrote.
-
-        Raises:
-            InvalidInput: not such a folder, or damaged.
-        """
-        try:
-            described = json.loads((folder / "map.json").read_text())
-            if described["format"] != FORMAT:
-                raise InvalidInput(
-                    f"the layout {described['format']!r} is not known",
-                    str(folder),
-                    f"this version reads layout {FORMAT}",
-                )
-            stored = load_file(folder / "values.safetensors")
-            ids = {pool: tuple(described["ids"][pool]) for pool in described["pools"]}
-            values = {pool: stored[pool] for pool in described["pools"]}
-            layers = int(described["layers"])
-        except FileNotFoundError as error:
-            raise InvalidInput(
-                f"this is no redundancy map: there is no {Path(error.filename or 'file').name}",
-                str(folder),
-                "name a folder written by a map stage",
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise InvalidInput(f"the map cannot be read: {error}", str(folder)) from error
-        for pool, array in values.items():
-            if array.shape != (len(ids[pool]), len(blocks_of(layers))):
-                raise InvalidInput(
-                    f"pool {pool!r} has values of shape {array.shape} for {len(ids[pool])} "
-                    f"utterances and {layers} layers",
-                    str(folder),
-                )
-        return cls(layers, ids, values)
-
-    def _resampled(self, values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-        """Means `[resamples, starts]` over utterances drawn with replacement."""
-        samples = len(values)
-        if (samples, resamples, seed) not in self._drawn:
-            draws = np.random.default_rng(seed).multinomial(
-                samples, np.full(samples, 1 / samples), size=resamples
-            )
-            self._drawn[samples, resamples, seed] = draws / samples
-        return self._drawn[samples, resamples, seed] @ values.astype(np.float64)
-
-
-def blocks_of(layers: int) -> tuple[tuple[int, int], ...]:
-    """All blocks (start, depth) of a decoder, by start and then by depth: the cells of a map."""
-    return tuple((start, n) for start in range(layers) for n in range(1, layers - start + 1))
 
 
 def redundancy_map(
@@ -241,12 +70,18 @@ def redundancy_map(
     progress: Callable[[float, str], None] | None = None,
     *,
     samples: int | None = None,
+    criteria: Sequence[Criterion] = ("angular",),
 ) -> RedundancyMap:
-    """Measures the distance of every block: arccos of the cosine, over π, between its two ends.
+    """Measures every block by the criteria asked for, all from the same states.
 
-    Cosines are taken in float64 of the states upcast: near 1 float32 can't resolve angles below
-    about 3e-4, and the answer would depend on how utterances are batched. (On devices without
-    float64: float32.)
+    With `x^l` the state entering layer `l` and the cosine between `x^start` and `x^(start+depth)` at
+    a token: `angular` is its arccos over π, `influence` one minus it (ShortGPT, arXiv 2403.03853,
+    eq. 1); both are means over an utterance's tokens. `cka` keeps each utterance's unbiased HSIC of
+    the two states under linear kernels (Song et al. 2012; Nguyen et al. 2021, arXiv 2010.15327,
+    eq. 3), centred within the utterance; `RedundancyMap` makes linear CKA of their means.
+
+    Computed in float64 of the states upcast: near 1 float32 can't resolve angles below about 3e-4,
+    and the answer would depend on how utterances are batched. (On devices without float64: float32.)
 
     Args:
         decoder: as for `surgery.decoder_parts`: a causal LM, also one wrapped by peft (its adapter
@@ -257,41 +92,63 @@ def redundancy_map(
         progress: called after each batch with the fraction done (0 where the number of utterances
             is not known) and a few words.
         samples: number of utterances that will come.
+        criteria: `angular`, `influence`, `cka`. For `cka`, utterances with fewer than four tokens
+            in a pool are not counted, so that pool `last` has none.
 
     Raises:
         NotFinite: a state is NaN, infinite or all zero at a counted token; names layer and sample.
         InvalidInput: nothing to measure, an utterance twice, or a decoder whose layers don't pass
             on one stream `[batch, time, dim]`.
     """
+    unknown = set(criteria) - set(CHEAP_CRITERIA)
+    if unknown or not criteria:
+        raise InvalidInput(
+            f"{min(unknown) if unknown else 'nothing'} cannot be measured from states alone",
+            "criteria",
+            f"choose among {', '.join(CHEAP_CRITERIA)}",
+        )
     parts = decoder_parts(decoder)
     count = len(batches) if samples is None and isinstance(batches, Sized) else 0
-    rows: dict[Pool, dict[str, np.ndarray]] = {pool: {} for pool in pools}
+    rows: dict[Measure, dict[str, np.ndarray]] = {
+        Measure(criterion, pool): {} for criterion in criteria for pool in pools
+    }
     seen: set[str] = set()
     for number, batch in enumerate(batches, start=1):
         for part in _split(batch, len(parts.layers)):
-            for pool, measured in _measure(parts, part, pools).items():
-                rows[pool].update(measured)
-        doubled = seen.intersection(batch.ids)
-        if doubled or len(set(batch.ids)) != len(batch.ids):
-            name = min(doubled) if doubled else max(batch.ids, key=batch.ids.count)
-            raise InvalidInput(f"utterance {name!r} comes twice", "data", "make the ids unique")
-        seen.update(batch.ids)
+            for measure, measured in _measure(parts, part, pools, criteria).items():
+                rows[measure].update(measured)
+        note_seen(seen, batch)
         if progress:
             done = len(seen) / samples if samples else number / count if count else 0.0
             progress(min(done, 1.0), f"{len(seen)} utterances")
     # Sorted, so that neither the map's bytes nor its bootstrap depend on how batches were formed.
-    ids = {pool: tuple(sorted(found)) for pool, found in rows.items() if found}
-    if not ids:
+    measures = {
+        measure: Values(tuple(sorted(found)), np.stack([found[name] for name in sorted(found)]))
+        for measure, found in rows.items()
+        if found
+    }
+    if not measures:
+        few = f"{CKA_TOKENS} tokens" if set(criteria) == {"cka"} else "a token"
         raise InvalidInput(
-            f"no utterance has a token in {', '.join(pools) or 'no pool'}",
+            f"no utterance has {few} in {', '.join(pools) or 'no pool'}",
             "data",
             "give the map utterances, and pools that they have",
         )
-    values = {
-        pool: np.stack([rows[pool][name] for name in names]).astype(np.float32)
-        for pool, names in ids.items()
-    }
-    return RedundancyMap(len(parts.layers), ids, values)
+    _check_cka(measures, len(parts.layers))
+    return RedundancyMap(len(parts.layers), measures)
+
+
+def note_seen(seen: set[str], batch: MapBatch) -> None:
+    """Adds a batch's utterances to those seen.
+
+    Raises:
+        InvalidInput: one comes twice.
+    """
+    doubled = seen.intersection(batch.ids)
+    if doubled or len(set(batch.ids)) != len(batch.ids):
+        name = min(doubled) if doubled else max(batch.ids, key=batch.ids.count)
+        raise InvalidInput(f"utterance {name!r} comes twice", "data", "make the ids unique")
+    seen.update(batch.ids)
 
 
 @contextmanager
@@ -309,13 +166,7 @@ def captured_states(parts: DecoderParts, keep: Tensor) -> Iterator[list[Tensor]]
     states: list[Tensor] = []
 
     def take(hidden: Any) -> None:
-        stream = hidden[0] if isinstance(hidden, tuple) else hidden
-        if not isinstance(stream, Tensor) or stream.ndim != 3:
-            raise InvalidInput(
-                f"the layers of {type(parts.body).__name__} do not pass on one residual stream",
-                "decoder",
-                "choose a decoder whose layers read and write [batch, time, dim]",
-            )
+        stream = stream_of(hidden, parts)
         states.append(stream.detach().flatten(0, 1).index_select(0, keep.to(stream.device)))
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -335,6 +186,22 @@ def captured_states(parts: DecoderParts, keep: Tensor) -> Iterator[list[Tensor]]
             handle.remove()
 
 
+def stream_of(hidden: Any, parts: DecoderParts) -> Tensor:
+    """The residual stream `[batch, time, dim]` in what a layer was given or gave.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    stream = hidden[0] if isinstance(hidden, tuple) else hidden
+    if not isinstance(stream, Tensor) or stream.ndim != 3:
+        raise InvalidInput(
+            f"the layers of {type(parts.body).__name__} do not pass on one residual stream",
+            "decoder",
+            "choose a decoder whose layers read and write [batch, time, dim]",
+        )
+    return stream
+
+
 def _split(batch: MapBatch, layers: int) -> Iterator[MapBatch]:
     """Batches whose states fit the bound."""
     rows = len(batch.ids)
@@ -345,9 +212,9 @@ def _split(batch: MapBatch, layers: int) -> Iterator[MapBatch]:
 
 
 def _measure(
-    parts: DecoderParts, batch: MapBatch, pools: Sequence[Pool]
-) -> dict[Pool, dict[str, np.ndarray]]:
-    """Float64 `[cells]` per pool and utterance."""
+    parts: DecoderParts, batch: MapBatch, pools: Sequence[Pool], criteria: Sequence[Criterion]
+) -> dict[Measure, dict[str, np.ndarray]]:
+    """Float32 `[columns]` per measure and utterance."""
     device = batch.inputs_embeds.device
     real = batch.attention_mask.bool()
     present = [pool for pool in pools if pool in batch.pools]
@@ -372,28 +239,78 @@ def _measure(
     ends = len(states)
     upper = torch.triu_indices(ends, ends, offset=1, device=device)
     cells = upper[0] * ends + upper[1]
-    means = torch.zeros(len(present), len(batch.ids), len(cells), dtype=precision, device=device)
+    of_cosines = [criterion for criterion in criteria if criterion != "cka"]
+    means = torch.zeros(
+        len(of_cosines), len(present), len(batch.ids), len(cells), dtype=precision, device=device
+    )
     squares = torch.empty(len(keep), ends, dtype=precision, device=device)
     step = max(_CHUNK_TOKENS, _CHUNK_BYTES[device.type != "cpu"] // (ends * states[0].shape[1] * 8))
     for start in range(0, len(keep), step):
         here = slice(start, start + step)
         chunk = torch.stack([state[here] for state in states], dim=1).to(precision)
+        if not of_cosines:
+            squares[here] = chunk.square().sum(2)
+            continue
         products = chunk @ chunk.mT
         squares[here] = products.diagonal(dim1=1, dim2=2)
         # Scaled last, and by the root of the product: equal states give exactly 1.
         scales = (squares[here][:, upper[0]] * squares[here][:, upper[1]]).sqrt_()
-        cosines = products.flatten(1).index_select(1, cells).div_(scales)
-        means += weights[:, :, here] @ cosines.clamp_(-1, 1).arccos_().div_(torch.pi)
+        cosines = products.flatten(1).index_select(1, cells).div_(scales).clamp_(-1, 1)
+        for i, criterion in enumerate(of_cosines):
+            away = cosines.arccos().div_(torch.pi) if criterion == "angular" else 1 - cosines
+            means[i] += weights[:, :, here] @ away
     _check_states(squares, states, rows, batch)
 
-    found, measured = counts.cpu(), means.double().cpu().numpy()
-    return {
-        pool: {name: measured[p, row] for row, name in enumerate(batch.ids) if found[p, row] > 0}
-        for p, pool in enumerate(present)
-    }
+    found = counts.cpu()
+    measured: dict[Measure, dict[str, np.ndarray]] = {}
+    for i, criterion in enumerate(of_cosines):
+        values = means[i].float().cpu().numpy()
+        for p, pool in enumerate(present):
+            measured[Measure(criterion, pool)] = {
+                name: values[p, row] for row, name in enumerate(batch.ids) if found[p, row] > 0
+            }
+    if "cka" in criteria:
+        for p, pool in enumerate(present):
+            inside = masks[p].flatten()[keep]
+            measured[Measure("cka", pool)] = {
+                name: _hsic([state[inside & (rows == row)] for state in states], precision)
+                for row, name in enumerate(batch.ids)
+                if found[p, row] >= CKA_TOKENS
+            }
+    return measured
 
 
-def _run(parts: DecoderParts, batch: MapBatch, keep: Tensor) -> list[Tensor]:
+def _hsic(states: Sequence[Tensor], precision: torch.dtype) -> np.ndarray:
+    """Unbiased HSIC of every pair of states `[tokens, dim]`, linear kernels: float32 `[pairs]`.
+
+    Song et al. 2012, eq. 4: with `K`, `L` the Gram matrices without their diagonals and `n` tokens,
+    `(tr KL + (1'K1)(1'L1) / ((n-1)(n-2)) - 2 (1'KL1) / (n-2)) / (n (n-3))`.
+    """
+    stacked = torch.stack(list(states)).to(precision)
+    ends, tokens, _ = stacked.shape
+    traces = torch.zeros(ends, ends, dtype=precision, device=stacked.device)
+    sums = torch.empty(ends, tokens, dtype=precision, device=stacked.device)
+    # A few rows of all the Gram matrices at a time: whole ones would grow with tokens squared.
+    step = max(1, _CHUNK_BYTES[stacked.device.type != "cpu"] // (ends * tokens * 8))
+    for start in range(0, tokens, step):
+        grams = stacked[:, start : start + step] @ stacked.mT
+        grams.diagonal(offset=start, dim1=1, dim2=2).zero_()
+        sums[:, start : start + step] = grams.sum(2)
+        flat = grams.flatten(1)
+        traces += flat @ flat.T
+    total = sums.sum(1)
+    hsic = (
+        traces
+        + torch.outer(total, total) / ((tokens - 1) * (tokens - 2))
+        - 2 / (tokens - 2) * (sums @ sums.T)
+    ) / (tokens * (tokens - 3))
+    first, second = torch.triu_indices(ends, ends)
+    pairs: np.ndarray = hsic[first, second].float().cpu().numpy()
+    return pairs
+
+
+def run_body(parts: DecoderParts, batch: MapBatch) -> None:
+    """One forward pass of the layers, from embeddings to the final norm; hooks take what they want."""
     given: dict[str, Any] = {
         "inputs_embeds": batch.inputs_embeds,
         "attention_mask": batch.attention_mask,
@@ -401,9 +318,14 @@ def _run(parts: DecoderParts, batch: MapBatch, keep: Tensor) -> list[Tensor]:
     }
     if "position_ids" in inspect.signature(parts.body.forward).parameters:
         given["position_ids"] = batch.position_ids
-    with captured_states(parts, keep) as states, evaluating(parts.body), torch.no_grad():
+    with evaluating(parts.body), torch.no_grad():
+        parts.body(**given)
+
+
+def _run(parts: DecoderParts, batch: MapBatch, keep: Tensor) -> list[Tensor]:
+    with captured_states(parts, keep) as states:
         try:
-            parts.body(**given)
+            run_body(parts, batch)
         except Exception as error:
             # The class stays what it is: out of memory is handled differently from bad input.
             layer = (
@@ -431,6 +353,17 @@ def _check_states(squares: Tensor, states: Sequence[Tensor], rows: Tensor, batch
     )
 
 
-def _means(values: np.ndarray) -> np.ndarray:
-    means: np.ndarray = values.astype(np.float64).mean(axis=0)
-    return means
+def _check_cka(measures: dict[Measure, Values], layers: int) -> None:
+    """Refuses a CKA that divides by nothing: states that do not vary within any utterance."""
+    own = [i for i, (first, second) in enumerate(pairs_of(layers)) if first == second]
+    for measure, values in measures.items():
+        if measure.criterion != "cka":
+            continue
+        flat = np.flatnonzero(values.rows[:, own].mean(axis=0) <= 0)
+        if len(flat):
+            raise NotFinite(
+                f"in pool {measure.pool} the state entering layer {flat[0]} is the same at every "
+                "token, so that CKA is not defined",
+                f"layer {flat[0]}",
+                "leave cka out, or choose other pools",
+            )

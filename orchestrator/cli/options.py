@@ -48,6 +48,25 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
+def error_console() -> Console:
+    """Where progress and warnings go, so that standard output holds results alone."""
+    return Console(highlight=False, stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keeps the model libraries' own bars and hints off the terminal; errors still show."""
+    import warnings
+
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+
 def print_json(data: Any) -> None:
     """Plain data for programs, on standard output."""
     print(json.dumps(data, indent=1, ensure_ascii=False))

@@ -44,6 +44,7 @@ MAPS_COLUMNS: dict[str, str] = {
     "target_language": "str",
     "modality": "str",
     "adapted": "boolean",
+    "criterion": "str",
     "pool": "str",
     "start": "Int64",
     "depth": "Int64",

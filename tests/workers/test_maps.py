@@ -13,7 +13,8 @@ from torch import nn
 
 from workers.config import POOLS
 from workers.errors import InvalidInput, NotFinite
-from workers.maps import MapBatch, RedundancyMap, blocks_of, redundancy_map
+from workers.maps import MapBatch, _hsic, redundancy_map
+from workers.redundancy import Measure, RedundancyMap, Values, blocks_of
 from workers.surgery import decoder_layers, decoder_parts
 
 LENGTHS = (9, 4, 12, 6, 7)
@@ -57,13 +58,12 @@ def batched(items, size: int, side: str = "right") -> list[MapBatch]:
     return batches
 
 
-def reference(model, items) -> dict[tuple[str, int, int], list[float]]:
-    """Distances per utterance in float64, by cutting the decoder off after each layer in turn."""
+def reference_states(model, items):
+    """All states `[tokens, dim]` of each utterance in float64, by cutting the decoder off."""
     model = copy.deepcopy(model).double()
     body, layers = decoder_parts(model).body, list(decoder_layers(model))
     final = next(n for n in ("norm", "final_layernorm") if hasattr(body, n))
     setattr(body, final, nn.Identity())
-    values: dict[tuple[str, int, int], list[float]] = {}
     for _, embeds, pools in items:
         states = []
         for count in range(len(layers) + 1):
@@ -71,7 +71,14 @@ def reference(model, items) -> dict[tuple[str, int, int], list[float]]:
             with torch.no_grad():
                 out = body(inputs_embeds=embeds.double()[None], use_cache=False)
             states.append(out.last_hidden_state[0])
-        for start, depth in blocks_of(len(layers)):
+        yield states, pools
+
+
+def reference(model, items) -> dict[tuple[str, int, int], list[float]]:
+    """Angular distances per utterance in float64."""
+    values: dict[tuple[str, int, int], list[float]] = {}
+    for states, pools in reference_states(model, items):
+        for start, depth in blocks_of(len(states) - 1):
             angles = []
             for a, b in zip(states[start], states[start + depth], strict=True):
                 u, v = a / a.norm(), b / b.norm()
@@ -84,11 +91,16 @@ def reference(model, items) -> dict[tuple[str, int, int], list[float]]:
     return values
 
 
+def rows_of(measured: RedundancyMap, pool: str, criterion: str = "angular") -> np.ndarray:
+    return measured.measures[Measure(criterion, pool)].rows
+
+
 def assert_maps_agree(one: RedundancyMap, other: RedundancyMap, tolerance: float) -> None:
-    assert one.ids == other.ids
-    for pool in one.pools:
+    assert set(one.measures) == set(other.measures)
+    for measure, values in one.measures.items():
+        assert values.ids == other.measures[measure].ids
         np.testing.assert_allclose(
-            one.utterance_values[pool], other.utterance_values[pool], rtol=0, atol=tolerance
+            values.rows, other.measures[measure].rows, rtol=0, atol=tolerance
         )
 
 
@@ -106,6 +118,84 @@ def test_agrees_with_float64_on_every_family_batch_and_side(family):
         assert table.loc[cell, "std_error"] == pytest.approx(error, abs=2e-6)
     for size, side in ((1, "right"), (5, "right"), (3, "left")):
         assert_maps_agree(measured, redundancy_map(model, batched(items, size, side)), 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_influence_and_cka_agree_with_float64_in_every_batching(family):
+    model, items = tiny_lm(family, DEPTH), utterances()
+    criteria = ("angular", "influence", "cka")
+    measured = redundancy_map(model, batched(items, 2), criteria=criteria)
+    assert measured.criteria == criteria
+    table = measured.table().set_index(["criterion", "pool", "start", "depth"])
+    away: dict[tuple, list[float]] = {}
+    hsic: dict[tuple, list[np.ndarray]] = {}
+    for states, pools in reference_states(model, items):
+        for pool, mask in pools.items():
+            inside = [state[mask].numpy() for state in states]
+            count = len(inside[0])
+            for start, depth in blocks_of(DEPTH) if count else ():
+                a, b = inside[start], inside[start + depth]
+                norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+                mean = (1 - (a * b).sum(1) / norms).mean()
+                away.setdefault((pool, start, depth), []).append(mean)
+            if count >= 4:
+                for start, depth in blocks_of(DEPTH):
+                    pair = [u_centred(inside[i] @ inside[i].T) for i in (start, start + depth)]
+                    products = [(pair[i] * pair[j]).sum() for i, j in ((0, 1), (0, 0), (1, 1))]
+                    scaled = np.array(products) / (count * (count - 3))
+                    hsic.setdefault((pool, start, depth), []).append(scaled)
+    for (pool, start, depth), values in away.items():
+        cell = table.loc[("influence", pool, start, depth)]
+        assert cell.distance == pytest.approx(np.mean(values), abs=1e-6)
+        assert cell.samples == len(values)
+    assert {(pool, s, d) for c, pool, s, d in table.index if c == "cka"} == set(hsic)
+    for (pool, start, depth), values in hsic.items():
+        both, one, other = np.mean(values, axis=0)
+        cell = table.loc[("cka", pool, start, depth)]
+        assert cell.distance == pytest.approx(1 - both / math.sqrt(one * other), abs=1e-5)
+    # Utterances with fewer than four tokens of a pool do not count, and `last` has one each.
+    assert measured.measures[Measure("cka", "target")].ids == ("u0", "u2", "u4")
+    assert Measure("cka", "last") not in measured.measures
+    for size, side in ((1, "right"), (5, "left")):
+        again = redundancy_map(model, batched(items, size, side), criteria=criteria).table()
+        np.testing.assert_allclose(again.distance, measured.table().distance, rtol=0, atol=1e-5)
+
+
+def u_centred(gram: np.ndarray) -> np.ndarray:
+    """Székely and Rizzo's U-centring: its inner products are the unbiased HSIC."""
+    gram = gram - np.diag(np.diag(gram))
+    n = len(gram)
+    rows = gram.sum(0) / (n - 2)
+    centred = gram - rows - rows[:, None] + gram.sum() / ((n - 1) * (n - 2))
+    return centred - np.diag(np.diag(centred))
+
+
+def test_cka_does_not_see_turns_and_sizes_that_cosines_see():
+    """CKA compares the geometry of the tokens: a state scaled and turned as a whole is the same."""
+    rng = np.random.default_rng(0)
+    states = torch.from_numpy(rng.normal(size=(2, 9, 8)))
+    turn = torch.linalg.qr(torch.from_numpy(rng.normal(size=(8, 8))))[0]
+    states[1] = 3 * states[0] @ turn
+    pairs = _hsic(list(states), torch.float64)
+    value = RedundancyMap(1, {Measure("cka", "all"): Values(("u",), pairs[None])})
+    assert value.distances(1, "all", "cka")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_cka_of_states_that_do_not_vary_is_an_error():
+    model = tiny_lm("llama", DEPTH)
+    same = torch.ones(1, 6, 32)
+    pools = {"all": torch.ones(1, 6, dtype=torch.bool)}
+    batch = MapBatch(["flat"], same, torch.ones(1, 6, dtype=torch.long), pools)
+    with pytest.raises(
+        NotFinite, match=r"entering layer 0 is the same at every token.*leave cka out"
+    ):
+        redundancy_map(model, [batch], criteria=("cka",))
+
+
+@pytest.mark.parametrize("criteria", [(), ("damage",), ("angular", "beauty")])
+def test_only_what_states_can_tell_is_measured(criteria):
+    with pytest.raises(InvalidInput, match="choose among angular, influence, cka"):
+        redundancy_map(tiny_lm("llama", DEPTH), batched(utterances(), 5), criteria=criteria)
 
 
 def silence(model, layers) -> None:
@@ -130,7 +220,7 @@ def test_planted_redundancy_is_found(family, start):
     # The angle is small and still right: float32 cosines would give 0 or 1e-4 here.
     column = measured.blocks.index((start, 3))
     truth = np.mean(reference(model, items)["all", start, 3])
-    assert measured.utterance_values["all"][:, column].mean() == pytest.approx(truth, rel=0.02)
+    assert rows_of(measured, "all")[:, column].mean() == pytest.approx(truth, rel=0.02)
     assert 0 < truth < 1e-4
 
 
@@ -150,7 +240,7 @@ def test_half_precision_states_are_measured_in_full():
         MapBatch(b.ids, b.inputs_embeds.bfloat16(), b.attention_mask, b.pools)
         for b in batched(items, 1)
     ]
-    values = redundancy_map(model, batches).utterance_values["last"]
+    values = rows_of(redundancy_map(model, batches), "last")
     assert len(np.unique(values)) == values.size
 
 
@@ -158,8 +248,13 @@ def test_pools():
     model, items = tiny_lm("llama", DEPTH), utterances()
     measured = redundancy_map(model, batched(items, 5), pools=("audio", "all"))
     assert measured.pools == ("audio", "all")
-    assert measured.ids["audio"] == ("u0", "u2", "u3", "u4")  # u1 has none
-    assert measured.ids["all"] == ("u0", "u1", "u2", "u3", "u4")
+    assert measured.measures[Measure("angular", "audio")].ids == (
+        "u0",
+        "u2",
+        "u3",
+        "u4",
+    )  # u1 has none
+    assert measured.measures[Measure("angular", "all")].ids == ("u0", "u1", "u2", "u3", "u4")
     text = batched(items, 5)
     for batch in text:
         del batch.pools["audio"]
@@ -175,7 +270,7 @@ def test_adapter_counts_unless_it_is_disabled():
         plain, LoraConfig(r=4, target_modules=["v_proj", "up_proj"], init_lora_weights=False)
     )
     adapted = redundancy_map(model, batched(items, 5))
-    assert np.abs(adapted.utterance_values["all"] - before.utterance_values["all"]).max() > 1e-3
+    assert np.abs(rows_of(adapted, "all") - rows_of(before, "all")).max() > 1e-3
     with model.disable_adapter():
         assert_maps_agree(before, redundancy_map(model, batched(items, 5)), 0)
     merged = redundancy_map(copy.deepcopy(model).merge_and_unload(), batched(items, 5))
@@ -268,7 +363,8 @@ def test_progress():
 def made_up(values) -> RedundancyMap:
     """A map of 2 layers, whose cells are (0, 1), (0, 2), (1, 1)."""
     array = np.asarray(values, dtype=np.float32)
-    return RedundancyMap(2, {"all": tuple(f"u{i:03}" for i in range(len(array)))}, {"all": array})
+    ids = tuple(f"u{i:03}" for i in range(len(array)))
+    return RedundancyMap(2, {Measure("angular", "all"): Values(ids, array)})
 
 
 def test_stability_and_near_ties():
@@ -320,7 +416,7 @@ def test_saved_map_is_the_map(tmp_path):
     redundancy_map(model, batched(utterances(), 1)[::-1]).save(tmp_path / "again")
     assert (tmp_path / "again/map.json").read_bytes() == (tmp_path / "map/map.json").read_bytes()
     opened.save(tmp_path / "copy")
-    for file in ("map.json", "map.parquet", "values.safetensors"):
+    for file in ("map.json", "map.parquet", "map.safetensors"):
         assert (tmp_path / "copy" / file).read_bytes() == (tmp_path / "map" / file).read_bytes()
 
 
@@ -328,7 +424,7 @@ def test_damaged_maps_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match=r"no redundancy map: there is no map\.json"):
         RedundancyMap.load(tmp_path)
     made_up([[0.1, 0.2, 0.3]]).save(tmp_path)
-    (tmp_path / "values.safetensors").write_bytes(b"rubbish")
+    (tmp_path / "map.safetensors").write_bytes(b"rubbish")
     with pytest.raises(InvalidInput, match="cannot be read"):
         RedundancyMap.load(tmp_path)
     made_up([[0.1, 0.2, 0.3]]).save(tmp_path)
@@ -336,3 +432,36 @@ def test_damaged_maps_are_refused(tmp_path):
     (tmp_path / "map.json").write_text(text.replace('"layers": 2', '"layers": 3'))
     with pytest.raises(InvalidInput, match="for 1 utterances and 3 layers"):
         RedundancyMap.load(tmp_path)
+
+
+def test_errors_and_stability_of_a_quotient_come_from_its_resamples():
+    """CKA is no mean over utterances: its error is the jackknife's, its choice the bootstrap's."""
+    model, items = tiny_lm("llama", DEPTH), utterances()
+    measured = redundancy_map(model, batched(items, 5), pools=("all",), criteria=("cka",))
+    values = measured.measures[Measure("cka", "all")]
+
+    def without(name: str | None) -> pd.Series:
+        keep = [i for i, other in enumerate(values.ids) if other != name]
+        part = Values(tuple(values.ids[i] for i in keep), values.rows[keep])
+        return RedundancyMap(DEPTH, {Measure("cka", "all"): part}).table().distance
+
+    left = np.stack([without(name) for name in values.ids])
+    count = len(left)
+    expected = np.sqrt((count - 1) / count * ((left - left.mean(0)) ** 2).sum(0))
+    np.testing.assert_allclose(measured.table().std_error, expected, rtol=1e-9)
+    shares = measured.stability(1, "all", "cka")
+    assert sum(shares.values()) == pytest.approx(1)
+    assert max(shares, key=shares.get) == measured.best(1, "all", "cka")
+
+
+def test_two_maps_of_one_decoder_are_joined():
+    model = tiny_lm("llama", DEPTH)
+    one = redundancy_map(model, batched(utterances(), 5), pools=("all",))
+    two = redundancy_map(model, batched(utterances(), 5), pools=("all",), criteria=("influence",))
+    both = one.joined(two)
+    assert both.criteria == ("angular", "influence")
+    assert len(both.table()) == len(one.table()) + len(two.table())
+    with pytest.raises(
+        InvalidInput, match=r"no criterion 'cka' \(choose among angular, influence\)"
+    ):
+        both.best(1, "all", "cka")

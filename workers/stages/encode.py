@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from workers.audio import read_audio
-from workers.data import read_utterances
+from workers.data import read_utterances, utterance_audio
 from workers.encoder import SpeechEncoder
 from workers.features import write_features
-from workers.manifest import Utterance
 from workers.stages import Context, Input
 
 STORED_DTYPE = "float16"
@@ -42,12 +40,6 @@ def run(
 
     def waveforms() -> Iterator[tuple[str, np.ndarray]]:
         for utterance in utterances:
-            yield utterance.id, _waveform(utterance, encoder.sampling_rate)
+            yield utterance.id, utterance_audio(utterance, encoder.sampling_rate)
 
     return write_features(encoder, waveforms(), out, STORED_DTYPE, context.progress)
-
-
-def _waveform(utterance: Utterance, sampling_rate: int) -> np.ndarray:
-    source = utterance.audio_bytes if utterance.audio_bytes is not None else utterance.audio_path
-    assert source is not None
-    return read_audio(source, sampling_rate, utterance.offset, utterance.duration)

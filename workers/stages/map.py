@@ -1,19 +1,18 @@
 """`map`: how far apart the residual stream is around every block, under one condition."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from workers.base import load_decoder, trained_speechllm, untrained_speechllm
-from workers.batches import Modality, collate, encode, sorted_batches
+from workers.batches import Encoded, encode
 from workers.config import Condition, MapSettings, PromptSettings
 from workers.data import read_utterances, spread
 from workers.examples import examples_of
 from workers.features import Features
-from workers.maps import MapBatch, redundancy_map
+from workers.map_inputs import example_batches
+from workers.maps import redundancy_map
 from workers.speechllm import SpeechLLM, SpeechLLMConfig
 from workers.stages import Context, Input
 
@@ -34,46 +33,45 @@ def run(
         Layers and samples.
     """
     settings = MapSettings.model_validate(params["settings"])
-    modality: Modality = params["modality"]
-    utterances = spread(
-        read_utterances(Path(inputs["data"].path), params["split"]), settings.samples
-    )
+    with mapped_model(params, inputs, context, settings.samples) as (model, encoded):
+        measured = redundancy_map(
+            model.decoder,
+            example_batches(model, encoded, settings.batch_size),
+            settings.pools,
+            progress=context.progress,
+            samples=len(encoded),
+            criteria=settings.criteria,
+        )
+    measured.save(out)
+    return {"layers": measured.layers, "samples": len(encoded)}
+
+
+@contextmanager
+def mapped_model(
+    params: Mapping[str, Any], inputs: Mapping[str, Input], context: Context, samples: int
+) -> Iterator[tuple[SpeechLLM, list[Encoded]]]:
+    """The model of a map's condition and the utterances it is measured on.
+
+    Args:
+        params: as a map's.
+        inputs: as a map's.
+        context: the process.
+        samples: utterances taken from the split, evenly spaced.
+    """
+    utterances = spread(read_utterances(Path(inputs["data"].path), params["split"]), samples)
     condition = Condition.model_validate(params["condition"])
     features = Features(Path(inputs["features"].path)) if "features" in inputs else None
     resident = load_decoder(inputs["decoder"], params["decoder"], context)
-    with ExitStack() as stack:
-        if "base" in inputs:
-            model = stack.enter_context(trained_speechllm(Path(inputs["base"].path), resident))
-        else:
-            # A fresh adapter changes nothing, and text never meets the projector.
-            config = SpeechLLMConfig(
-                encoder_dim=1, prompts=PromptSettings.model_validate(params["prompts"])
-            )
-            model = stack.enter_context(untrained_speechllm(resident, config))
-        encoded = encode(model, examples_of(utterances, condition, features), modality)
-
-        def batches() -> Iterator[MapBatch]:
-            for indices in sorted_batches([e.length for e in encoded], settings.batch_size):
-                rows = [encoded[i] for i in indices]
-                yield _batch(model, [e.example.id for e in rows], rows)
-
-        with torch.no_grad():
-            measured = redundancy_map(
-                model.decoder,
-                batches(),
-                settings.pools,
-                progress=context.progress,
-                samples=len(utterances),
-            )
-    measured.save(out)
-    return {"layers": measured.layers, "samples": len(utterances)}
-
-
-def _batch(model: SpeechLLM, ids: list[str], rows: list[Any]) -> MapBatch:
-    inputs = collate(model, rows, "right")
-    return MapBatch(
-        ids=ids,
-        inputs_embeds=inputs.inputs_embeds,
-        attention_mask=inputs.attention_mask,
-        pools=inputs.pools,
-    )
+    if "base" in inputs:
+        opened = trained_speechllm(Path(inputs["base"].path), resident)
+    else:
+        # A fresh adapter changes nothing, and text never meets the projector.
+        config = SpeechLLMConfig(
+            encoder_dim=1, prompts=PromptSettings.model_validate(params["prompts"])
+        )
+        opened = untrained_speechllm(resident, config)
+    with opened as model:
+        yield (
+            model,
+            encode(model, examples_of(utterances, condition, features), params["modality"]),
+        )
