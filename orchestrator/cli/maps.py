@@ -80,9 +80,9 @@ def map_(
     target_language: Annotated[
         str | None, typer.Option("--target-language", help="Translate into it, not transcribe.")
     ] = None,
-    adapter: Annotated[
-        bool, typer.Option("--adapter/--no-adapter", help="Count the model's adapter.")
-    ] = True,
+    no_adapter: Annotated[
+        bool, typer.Option("--no-adapter", help="Switch the model's adapter off.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto: as stored).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     revision: Revision = None,
@@ -111,6 +111,7 @@ def map_(
 
     from orchestrator.validation import validate as hold_against
     from workers.map_model import MapRequest, map_model
+    from workers.maps import CKA_TOKENS
     from workers.model_folder import open_model
 
     quiet_libraries()
@@ -137,7 +138,7 @@ def map_(
                 criteria=tuple(c for c in criteria if c != "damage"),  # type: ignore[misc]
                 damage="damage" in criteria,
                 depths=tuple(sorted(set(depth or ()))),
-                adapter=adapter,
+                adapter=not no_adapter,
                 skip_bad=skip_bad,
             ),
             tell,
@@ -147,7 +148,7 @@ def map_(
         "revision": revision,
         "data": str(text or manifest),
         "modality": result.modality,
-        "adapter": adapter,
+        "adapter": not no_adapter,
         "dtype": str(opened.decoder.dtype).removeprefix("torch."),
         "skipped": list(result.skipped),
     }
@@ -166,6 +167,8 @@ def map_(
         _print_data(result, best, judged, files)
     else:
         _print_tables(result, best, judged, files, model)
+        if "cka" in criteria and "cka" not in result.whole.criteria:
+            console().print(f"cka left out: no sample has {CKA_TOKENS} tokens in a pool")
 
 
 def best_blocks(result: "ModelMap", depths: list[int]) -> list[dict[str, Any]]:

@@ -44,9 +44,14 @@ def test_every_cell_has_its_scores(smoke):
 def test_the_maps_and_the_consensus_are_whole(smoke):
     maps = pd.read_parquet(smoke.run / "report" / "maps.parquet")
     one = maps.groupby(
-        ["encoder", "task", "source_language", "modality", "adapted", "pool"], dropna=False
+        ["encoder", "task", "source_language", "modality", "adapted", "criterion", "pool"],
+        dropna=False,
     )
     assert (one.size() == 6 * 7 // 2).all()
+    assert set(maps["criterion"]) == {"angular", "influence", "cka", "damage"}
+    damage = maps[maps["criterion"] == "damage"]
+    assert set(damage["modality"]) == {"speech"}
+    assert (damage["samples"] == 4).all()
     consensus = pd.read_parquet(smoke.run / "report" / "consensus.parquet")
     assert set(consensus["depth"]) == {1, 2}
     assert (consensus["coverage"] == 1).all()

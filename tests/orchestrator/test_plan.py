@@ -36,19 +36,20 @@ def keys_of(plan):
     return {node_id: plan.key(node_id) for node_id in plan.nodes}
 
 
-def fake_map(store, plan, node_id, best):
-    """A map artefact whose best block starts at `best`, at every depth."""
+def fake_map(store, plan, node_id, best, **more):
+    """A map artefact whose best block starts at `best`, at every depth; others by criterion."""
     import pandas as pd
 
-    key = plan.key(node_id)
-    temporary = store.begin("map", key)
+    kind, key = plan.nodes[node_id].kind, plan.key(node_id)
+    temporary = store.begin(kind, key)
+    criteria = {"damage": best} if kind == "damage" else {"angular": best, **more}
     rows = [
-        {"pool": "all", "start": s, "depth": d, "distance": 0.1 + 0.01 * abs(s - best),
-         "std_error": 0.01, "samples": 4}
-        for d in (1, 2) for s in range(7 - d)
+        {"criterion": name, "pool": "target" if kind == "damage" else "all", "start": s, "depth": d,
+         "distance": 0.1 + 0.01 * abs(s - there), "std_error": 0.01, "samples": 4}
+        for name, there in criteria.items() for d in (1, 2) for s in range(7 - d)
     ]  # fmt: skip
     pd.DataFrame(rows).to_parquet(temporary / "map.parquet")
-    store.commit(temporary, "map", key, {})
+    store.commit(temporary, kind, key, {})
 
 
 def test_every_stage_follows_what_it_needs(tmp_path):
@@ -246,3 +247,36 @@ def test_a_local_decoder_has_its_depth_checked_too(tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
     with pytest.raises(InvalidInput, match="model has 2"):
         plan_of(tmp_path, models=[{"decoder": "model"}])
+
+
+def test_a_selector_reads_the_criterion_it_names(tmp_path):
+    plan = plan_of(
+        tmp_path,
+        encoders=[{"encoder": "lab:whisper-tiny"}],
+        tasks=[{"task": "asr", "language": "en", "data": "lab:speech-tiny"}],
+        depths=[1],
+        selectors=["own"]
+        + [{"selector": "own", "criterion": name} for name in ("influence", "damage")],
+        maps={"criteria": ["angular", "influence"], "damage": True},
+    )
+    store = Store(tmp_path / "store")
+    for node in [*plan.by_kind("map"), *plan.by_kind("damage")]:
+        fake_map(store, plan, node.id, 5 if node.kind == "damage" else 1, influence=3)
+    assess(plan, store)
+    starts = {
+        node.id.split("/")[3]: node.params["block"]["start"]
+        for node in plan.by_kind("heal")
+        if node.params["block"]
+    }
+    assert starts == {"own": 1, "own-influence": 3, "own-damage": 5}
+
+
+def test_damage_is_a_stage_of_its_own_and_changes_no_other_key(tmp_path):
+    without = keys_of(plan_of(tmp_path))
+    with_damage = plan_of(tmp_path, maps={"damage": {"depths": [1, 2]}})
+    keys = keys_of(with_damage)
+    assert {node_id: keys[node_id] for node_id in without} == without
+    added = keys.keys() - without.keys()
+    assert {with_damage.nodes[node_id].kind for node_id in added} == {"damage"}
+    assert len(added) == 2 * 3  # encoders x conditions: on speech alone
+    assert keys_of(plan_of(tmp_path, maps={"damage": {"depths": [1]}})).keys() == keys.keys()

@@ -77,11 +77,35 @@ def test_set_changes_one_setting(tmp_path):
         (["selectors"], [{"selector": "fixed"}], "fixed needs start"),
         (["name"], "../up", r"sweep\.name: "),
         (["maps", "pools"], ["last"], "maps.pool all is not among"),
+        (["maps", "criteria"], [], r"sweep\.maps\.criteria: "),
+        (["maps", "criteria"], ["damage"], r"sweep\.maps\.criteria\[0\]: .*'angular'"),
+        (["maps", "damage"], {"sample": 3}, r"sweep\.maps\.damage\.sample: unknown key \(did you mean samples\?\)"),
+        (["selectors"], [{"selector": "own", "criterion": "cka"}], "own-cka needs cka among maps.criteria"),
+        (["selectors"], [{"selector": "own", "criterion": "damage"}], "needs damage maps: set maps.damage: true"),
+        (["selectors"], [{"selector": "last", "criterion": "cka"}], "selector last reads no map"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_path_and_remedy(path, value, message):
     with pytest.raises(InvalidInput, match=message):
         parse_sweep(with_change(path, value))
+
+
+def test_a_selector_of_damage_needs_its_depths():
+    raw = {**GOOD, "selectors": [{"selector": "own", "criterion": "damage"}]}
+    deep = max(parse_sweep(GOOD).depths)
+    assert complaint({**raw, "maps": {"damage": True}}) == "sweep is fine"
+    assert complaint({**raw, "maps": {"damage": {"depths": [deep + 1]}}}).endswith(
+        "among maps.damage.depths"
+    )
+    last = {**raw, "selectors": [{"selector": "consensus", "criterion": "cka"}]}
+    last["maps"] = {"criteria": ["cka"], "pool": "last"}
+    assert "pool last has one" in complaint(last)
+
+
+def test_a_switch_turns_damage_on_and_off():
+    assert parse_sweep({**GOOD, "maps": {"damage": True}}).maps.damage.samples == 32
+    assert parse_sweep({**GOOD, "maps": {"damage": False}}).maps.damage is None
+    assert parse_sweep(GOOD).maps.damage is None
 
 
 def test_shared_healing_refuses_blocks_of_each_conditions_own():

@@ -11,7 +11,9 @@ from workers.redundancy import Measure, RedundancyMap, Values, blocks_of
 LAYERS = 5
 
 
-def made_up(criterion: str, pool: str, by_block: dict, samples: int = 4, noise=0.0) -> RedundancyMap:
+def made_up(
+    criterion: str, pool: str, by_block: dict, samples: int = 4, noise=0.0
+) -> RedundancyMap:
     """A map with the given value at each (start, depth), 0.5 elsewhere; NaN where told."""
     row = [by_block.get(block, by_block.get("else", 0.5)) for block in blocks_of(LAYERS)]
     rows = np.tile(np.array(row, dtype=np.float32), (samples, 1))

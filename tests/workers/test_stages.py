@@ -13,10 +13,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workers.config import AdaptSettings, DecodeSettings, HealSettings, MapSettings, PromptSettings
+from workers.base import load_decoder, trained_speechllm
+from workers.batches import IGNORED, collate, encode
+from workers.config import (
+    AdaptSettings,
+    Condition,
+    DamageSettings,
+    DecodeSettings,
+    HealSettings,
+    MapSettings,
+    PromptSettings,
+)
+from workers.data import read_utterances
 from workers.errors import NotFinite
+from workers.examples import examples_of
+from workers.features import Features
 from workers.lab.grammar import tokenizer
+from workers.redundancy import RedundancyMap
 from workers.stages import STAGES, Context, Input
+from workers.training import logits_at
 
 LAYERS = 4
 DECODER = {"dtype": "float32", "trust_remote_code": False}
@@ -246,6 +261,40 @@ def test_maps_hold_every_block_of_every_pool_there_is(world, modality, adapted, 
     assert len(one) == LAYERS * (LAYERS + 1) // 2
     assert (one["samples"] == 4).all()
     assert one["distance"].between(0, 1).all()
+
+
+def test_damage_is_what_the_unhealed_model_loses(world):
+    settings = DamageSettings(samples=6, depths=(1,)).model_dump(mode="json")
+    params = {
+        "decoder": DECODER,
+        "condition": CONDITION,
+        "modality": "speech",
+        "split": "test",
+        "settings": settings,
+        "prompts": None,
+    }
+    inputs = {"data": world["data"], "base": world["base"], "features": world["test"]}
+    damage = RedundancyMap.load(Path(run(world, "damage", params, **inputs).path))
+    assert damage.criteria == ("damage",)
+    whole = loss(world, heal(world, "none", None))
+    np.testing.assert_allclose(damage.unpruned_loss, whole, rtol=1e-4)
+    for start, lost in enumerate(damage.distances(1, "target", "damage")):
+        healed = heal(world, "none", {"start": start, "depth": 1})
+        assert lost == pytest.approx((loss(world, healed) - whole).mean(), abs=1e-5)
+
+
+def loss(world, model) -> np.ndarray:
+    """Mean target loss of each test utterance, in the order of their ids."""
+    utterances = read_utterances(Path(world["data"].path), "test")
+    examples = examples_of(utterances, Condition(**CONDITION), Features(Path(world["test"].path)))
+    resident = load_decoder(world["decoder"], DECODER, world["context"])
+    with trained_speechllm(Path(model.path), resident) as opened, torch.no_grad():
+        batch = collate(opened, encode(opened, examples), "right")
+        places = batch.labels != IGNORED
+        logits = logits_at(opened, batch, places)
+        each = torch.nn.functional.cross_entropy(logits, batch.labels[places], reduction="none")
+        rows = places.nonzero()[:, 0]
+        return np.array([float(each[rows == row].mean()) for row in range(len(examples))])
 
 
 def test_training_on_nan_stops_and_names_the_utterance(world, tmp_path):
