@@ -135,16 +135,16 @@ def _view(found: Comparison, names: tuple[str, str], every: int) -> dict[str, An
     depths = drawn_depths([found.a.distances, found.b.distances], every)
     limits = shade_limits([found.a.distances, found.b.distances])
     shape = layout(
-        430, margin={"l": 52, "r": 78, "t": 30, "b": 108}, annotations=[],
-        coloraxis=colour_axis(criterion, limits, SCALE, x=0.61),
+        450, margin={"l": 52, "r": 78, "t": 30, "b": 128}, annotations=[],
+        coloraxis=colour_axis(criterion, limits, SCALE, x=0.57),
         coloraxis2=colour_axis(criterion, difference_limits(found.difference), DIVERGING, x=1.005),
     )  # fmt: skip
     for name in ("coloraxis", "coloraxis2"):
         shape[name]["colorbar"]["title"]["font"] = {"size": 11}
     panels = [
-        (found.a.distances, names[0], (0, 0.285), "coloraxis"),
-        (found.b.distances, names[1], (0.315, 0.6), "coloraxis"),
-        (found.difference, f"{names[1]} − {names[0]}", (0.71, 0.995), "coloraxis2"),
+        (found.a.distances, names[0], (0, 0.27), "coloraxis"),
+        (found.b.distances, names[1], (0.295, 0.565), "coloraxis"),
+        (found.difference, f"{names[1]} − {names[0]}", (0.725, 0.995), "coloraxis2"),
     ]
     data = []
     for index, (table, title, domain, colours) in enumerate(panels):
@@ -160,8 +160,7 @@ def _view(found: Comparison, names: tuple[str, str], every: int) -> dict[str, An
         else:
             data[-1]["hovertemplate"] = data[-1]["hovertemplate"].replace("<br>", "<br>change: ")
     shape["yaxis"]["title"] = {"text": "layers removed", "standoff": 4}
-    words = [plain(line) + "." for line in summary_lines(found, names)]
-    text = f"{words[0]} {words[1]}<br>{words[2]} {words[3]}"
+    text = "<br>".join(plain(line) for line in summary_lines(found, names))
     shape["annotations"].append(
         panel_title(text, 0, 0, xanchor="left", yanchor="top", yshift=-52, align="left")
     )

@@ -17,7 +17,7 @@ from orchestrator.mapgrid import ANGULAR, wording
 
 WITHOUT = (
     "No damage maps, so nothing here says how well the distances foretell what removing a block "
-    "costs. They are measured with `maps.damage: true` in the sweep file."
+    "costs. They are measured with maps.damage: true in the sweep file."
 )
 
 

@@ -675,7 +675,7 @@ def test_page_without_damage_says_how_to_get_it(tmp_path: Path) -> None:
     assert "Text beside speech" in text
     assert "Before beside after adapting" in text
     assert "distance against damage" not in text.replace("Validation: distance against damage", "")
-    assert "maps.damage: true" in (tmp_path / "report.md").read_text().replace("'", "`")
+    assert "maps.damage: true" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert len(pd.read_parquet(tmp_path / "validation.parquet")) == 0
 
 
