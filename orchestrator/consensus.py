@@ -64,8 +64,13 @@ class ModelMaps:
         table = self.distances.get(condition)
         if table is None or not 1 <= depth <= self.layers:
             return None
-        row = table[depth, : self.layers - depth + 1]
-        return row if bool(np.isfinite(row).all()) else None
+        return whole_row(table, depth)
+
+
+def whole_row(table: Floats, depth: int) -> Floats | None:
+    """The starts of one depth in `[layers + 1, layers]`; None unless all of them are finite."""
+    row = table[depth, : table.shape[1] - depth + 1]
+    return row if bool(np.isfinite(row).all()) else None
 
 
 def best_start(distances: Mapping[int, float]) -> int:
@@ -144,6 +149,8 @@ def by_criterion(maps: pd.DataFrame, criterion: str) -> pd.DataFrame:
 def model_maps(maps: pd.DataFrame, pool: str, criterion: str = "angular") -> dict[str, ModelMaps]:
     """Every model's maps by one criterion in one pool, as arrays.
 
+    A table without the column `criterion`, or null in it, is of angular distances.
+
     Raises:
         InvalidInput: one condition has two values for the same block.
     """
@@ -155,7 +162,7 @@ def model_maps(maps: pd.DataFrame, pool: str, criterion: str = "angular") -> dic
         of_criterion = by_criterion(of_model, criterion)
         in_pool = of_criterion[of_criterion["pool"] == pool]
         for key, rows in in_pool.groupby(_CONDITION, dropna=False, sort=True):
-            condition = _condition(key)
+            condition = condition_of(key)
             starts = rows["start"].to_numpy(dtype=int)
             depths = rows["depth"].to_numpy(dtype=int)
             if len(set(zip(starts, depths, strict=True))) < len(rows):
@@ -241,7 +248,7 @@ def consensus_table(
     """
     grids = model_maps(maps, pool)
     expected = expected_conditions(maps, results)
-    scopes = {scope: _scope_pairs(scope, expected) for scope in SCOPES}
+    scopes = {scope: scope_pairs(scope, expected) for scope in SCOPES}
     nulls: dict[tuple[int, int, bytes], Floats] = {}
     rows: list[tuple[object, ...]] = []
     if results is not None:  # a model none of whose maps is there yet still has a row: a hole
@@ -295,7 +302,7 @@ def expected_conditions(
         kinds.add(("speech", True, True))
     return sorted(
         (
-            _condition((encoder, *task, modality, adapted))
+            condition_of((encoder, *task, modality, adapted))
             for modality, adapted, has_encoder in kinds
             for encoder in (encoders if has_encoder else [None])
             for task in tasks
@@ -341,7 +348,7 @@ def chance_frequency(layers: int, depths: Sequence[int]) -> Floats:
 def chance_jaccard(starts: int, depth: int) -> float:
     """Mean Jaccard of two blocks whose positions among `starts` are drawn on their own."""
     positions = np.arange(starts)
-    return float(_jaccard_by_shift(starts, depth)[abs(positions[:, None] - positions)].mean())
+    return float(jaccard_by_shift(starts, depth)[abs(positions[:, None] - positions)].mean())
 
 
 def agreement_between_models(maps: pd.DataFrame, depths: Sequence[int], pool: str) -> pd.DataFrame:
@@ -400,10 +407,10 @@ def _agreement(
     if len(pairs):
         left, right = pairs.T
         starts = distances.shape[1]
-        by_shift = _jaccard_by_shift(starts, depth)
+        by_shift = jaccard_by_shift(starts, depth)
         best = distances.argmin(axis=1)
         jaccard = float(by_shift[abs(best[left] - best[right])].mean())
-        spearman = _mean_rank_correlation(distances, left, right)
+        spearman = mean_rank_correlation(distances, left, right)
         key = (starts, depth, pairs.tobytes())
         if key not in nulls:
             nulls[key] = _null_jaccards(starts, by_shift, pairs, depth, permutations, seed)
@@ -444,9 +451,13 @@ def _minimax(distances: Floats) -> tuple[int, float, float]:
     return start, float(mean[start]), float(largest[start])
 
 
-def _mean_rank_correlation(
+def mean_rank_correlation(
     distances: Floats, left: NDArray[np.int_], right: NDArray[np.int_]
 ) -> float | None:
+    """Mean Spearman over pairs of rows `(left, right)` of `[maps, starts]`.
+
+    None with fewer than three starts, or where a row is flat.
+    """
     if distances.shape[1] < 3:
         return None
     ranks = rankdata(distances, axis=1)
@@ -458,7 +469,7 @@ def _mean_rank_correlation(
     return float((ranks[left] * ranks[right]).sum(axis=1).mean())
 
 
-def _jaccard_by_shift(starts: int, depth: int) -> Floats:
+def jaccard_by_shift(starts: int, depth: int) -> Floats:
     """Jaccard of two blocks of `depth` layers whose starts differ by 0, 1, … `starts - 1`."""
     common = np.maximum(0, depth - np.arange(starts))
     return np.asarray(common / (2 * depth - common), dtype=np.float64)
@@ -471,7 +482,8 @@ def _interval_jaccard(a: Floats, length_a: float, b: Floats, length_b: float) ->
     return np.asarray(overlap / (length_a + length_b - overlap), dtype=np.float64)
 
 
-def _condition(key: Iterable[Any]) -> MapCondition:
+def condition_of(key: Iterable[Any]) -> MapCondition:
+    """The condition named by the six columns of a table, null where they do not apply."""
     encoder, task, source, target, modality, adapted = key
     return MapCondition(
         None if pd.isna(encoder) else encoder,
@@ -483,9 +495,10 @@ def _condition(key: Iterable[Any]) -> MapCondition:
     )
 
 
-def _scope_pairs(
+def scope_pairs(
     scope: str, conditions: Sequence[MapCondition]
 ) -> tuple[list[MapCondition], list[tuple[MapCondition, MapCondition]]]:
+    """The conditions of a scope and its pairs (see `consensus_table`)."""
     pairs = [
         (a, b)
         for i, a in enumerate(conditions)

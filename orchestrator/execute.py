@@ -20,7 +20,7 @@ from orchestrator.driver import Driver, Outcome
 from orchestrator.graph import Plan
 from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
-from orchestrator.results import maps_table, profile_table, results_table
+from orchestrator.results import maps_table, profile_table, results_table, validation_table
 from orchestrator.reuse import assess
 from orchestrator.runs import RunFolder
 from orchestrator.sources import DigestCache
@@ -137,7 +137,15 @@ def write_report(folder: RunFolder) -> Report:
         wall_seconds=folder.seconds(),
         versions=_provenance(),
     )
-    return build_report(results, maps, consensus, profile_table(), summary, folder.report)
+    return build_report(
+        results,
+        maps,
+        consensus,
+        profile_table(),
+        summary,
+        folder.report,
+        validation_table(plan, store),
+    )
 
 
 def _shape(sweep: Sweep, capacity: Capacity) -> Shape:

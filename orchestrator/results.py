@@ -9,10 +9,18 @@ from typing import Any
 import pandas as pd
 
 from orchestrator.graph import Node, Plan
-from orchestrator.report.tables import MAPS_COLUMNS, PROFILE_COLUMNS, RESULTS_COLUMNS, typed
+from orchestrator.report.tables import (
+    MAPS_COLUMNS,
+    PROFILE_COLUMNS,
+    RESULTS_COLUMNS,
+    VALIDATION_COLUMNS,
+    typed,
+)
 from orchestrator.reuse import decide
 from orchestrator.runs import StageRecord
 from orchestrator.store import Store
+from orchestrator.validation import validate
+from workers.redundancy import RedundancyMap
 
 SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
 METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
@@ -66,6 +74,26 @@ def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
     if not parts:
         return typed([], MAPS_COLUMNS)
     return pd.concat([typed(part, MAPS_COLUMNS) for part in parts], ignore_index=True)
+
+
+def validation_table(plan: Plan, store: Store) -> pd.DataFrame:
+    """Every map that has a damage map of its condition, held against it (`validation.parquet`)."""
+    parts = []
+    for damage in plan.by_kind("damage"):
+        beside = plan.nodes[damage.id.replace("damage/", "map/", 1)]
+        keys = plan.key(beside.id), plan.key(damage.id)
+        folders = [
+            store.path(node.kind, key)
+            for node, key in zip((beside, damage), keys, strict=True)
+            if key is not None and store.has(node.kind, key)
+        ]
+        if len(folders) == 2:
+            judged = validate(RedundancyMap.load(folders[0]), RedundancyMap.load(folders[1]))
+            labels = {name: value for name, value in damage.cell.items() if name != "layers"}
+            parts.append(judged.assign(**labels))
+    if not parts:
+        return typed([], VALIDATION_COLUMNS)
+    return pd.concat([typed(part, VALIDATION_COLUMNS) for part in parts], ignore_index=True)
 
 
 def profile_table() -> pd.DataFrame:

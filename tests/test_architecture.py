@@ -122,7 +122,8 @@ from orchestrator.cli import app
 command = get_command(app)
 for arguments in [["--help"]] + [[name, "--help"] for name in command.commands]:
     assert command.main(arguments, prog_name="layersweep", standalone_mode=False) in (0, None)
-heavy = {"torch", "transformers", "peft", "ray", "datasets", "pandas", "plotly"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "ray", "datasets", "pandas", "plotly", "matplotlib"}
+heavy &= set(sys.modules)
 print("heavy:", ",".join(sorted(heavy)))
 """
     answer = subprocess.run(

@@ -7,6 +7,7 @@ run, 130 interrupted.
 import sys
 
 from orchestrator.cli import sweeps as sweeps  # isort: skip - the order of the help
+from orchestrator.cli import compare as compare
 from orchestrator.cli import maps as maps
 from orchestrator.cli.options import app as app
 

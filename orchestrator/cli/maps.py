@@ -87,6 +87,9 @@ def map_(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    picture: Annotated[
+        str, typer.Option(metavar="png|svg|pdf|none", help="Form of the pictures beside the map.")
+    ] = "png",
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave bad samples out, and list them.")
     ] = False,
@@ -99,6 +102,7 @@ def map_(
     pools = _chosen("--pool", pool or list(POOLS), POOLS)
     _chosen("--dtype", [dtype], DTYPES)
     _chosen("--modality", [modality or "speech"], ("speech", "text"))
+    _chosen("--picture", [picture], ("png", "svg", "pdf", "none"))
     if out.suffix != ".parquet":
         raise InvalidInput(f"{out} does not end in .parquet", "--out", "e.g. --out map.parquet")
     if (text is None) == (manifest is None):
@@ -161,6 +165,9 @@ def map_(
         judged = hold_against(result.measured, result.damage)
         files.append(out.with_suffix(".validation.parquet"))
         judged.to_parquet(files[-1], index=False)
+    if picture != "none":
+        title = f"{model}, {result.modality}" + ("" if not no_adapter else ", without adapter")
+        files += _draw(result, judged, out, picture, title)
     shown = sorted(set(depth or range(1, result.whole.layers // 2 + 1)))
     best = best_blocks(result, shown)
     if as_json:
@@ -237,6 +244,21 @@ class _bar:  # noqa: N801 - used as a function
 
     def _tell(self, what: str, done: float, words: str) -> None:
         self._progress.update(self._task, completed=done, what=what, words=words)
+
+
+def _draw(
+    result: "ModelMap", judged: "pd.DataFrame | None", out: Path, suffix: str, title: str
+) -> list[Path]:
+    """Pictures beside the map: its criteria in the pool that is printed, and the validation."""
+    from orchestrator.mapgrid import map_grid
+    from orchestrator.pictures import draw_maps, draw_validation
+
+    table = result.whole.table()
+    grids = [map_grid(table, c, _shown_pool(result, c)) for c in result.whole.criteria]
+    drawn = [draw_maps(grids, out.with_suffix(f".{suffix}"), title)]
+    if judged is not None and len(judged):
+        drawn.append(draw_validation(judged, out.with_suffix(f".validation.{suffix}"), title))
+    return drawn
 
 
 def _print_data(

@@ -8,6 +8,7 @@ from orchestrator.report.tables import (
     PROFILE_COLUMNS,
     RESULTS_COLUMNS,
     TABLES,
+    VALIDATION_COLUMNS,
     typed,
     write_tables,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "PROFILE_COLUMNS",
     "RESULTS_COLUMNS",
     "TABLES",
+    "VALIDATION_COLUMNS",
     "Failure",
     "Report",
     "RunSummary",

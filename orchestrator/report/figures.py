@@ -1,4 +1,4 @@
-"""The page's figures as plain Plotly JSON, from maps and consensus (curves live in `curves`).
+"""What the page's figures share, as plain Plotly JSON; and those of chosen blocks.
 
 Colours of text, axes and grids are the style sheet's, so that one figure serves light, dark and
 print. Names that came from data are escaped: Plotly reads a little HTML in its labels.
@@ -6,8 +6,7 @@ print. Names that came from data are escaped: Plotly reads a little HTML in its 
 
 import html
 import math
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +15,11 @@ import pandas as pd
 
 from orchestrator.consensus import (
     MapCondition,
-    ModelMaps,
     chance_frequency,
     chosen_blocks,
-    expected_conditions,
     layer_frequency,
     model_maps,
 )
-from orchestrator.report.scores import task_label
 from orchestrator.report.verdict import layers_text
 
 ACCENT, ORANGE, GREEN, PINK, AMBER, GREY = (
@@ -35,7 +31,8 @@ _FILL = {  # by (translation?, speech?)
     (True, True): GREEN, (True, False): "rgba(0,158,115,0.3)",
 }  # fmt: skip
 LINE = "rgba(128,128,128,0.25)"
-MOST_DISTANCES = 100_000  # about 1.5 MB of the page; further pools stay in maps.parquet
+MOST_NUMBERS = 100_000
+"""Values a figure of maps may hold, about 1.5 MB of the page; the rest stays in maps.parquet."""
 
 
 @dataclass(frozen=True)
@@ -99,167 +96,8 @@ def panel_title(text: str, x: float, y: float, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def map_figure(
-    model: str,
-    maps: pd.DataFrame,
-    results: pd.DataFrame,
-    pool: str,
-    hole: Callable[..., str],
-    most: int = MOST_DISTANCES,
-) -> Figure | None:
-    """All maps of one model as heat maps: a row a task and language, text beside speech.
-
-    Args:
-        model: its name in the tables.
-        maps: the `maps` table.
-        results: the `results` table, for conditions still without a map.
-        pool: the pool shown first.
-        hole: reason why a map of (encoder, task, source, target) is not there.
-        most: distances the figure may hold; the first pool is always whole.
-    """
-    of_model = maps[maps["model"] == model]
-    if of_model.empty:
-        return None
-    conditions = expected_conditions(maps, results)
-    kinds = sorted(
-        {(c.encoder, c.modality, c.adapted) for c in conditions},
-        key=lambda k: (k[0] or "", k[1] != "text", k[2]),
-    )
-    tasks = list(dict.fromkeys(c[1:4] for c in conditions))
-    pools = sorted(of_model["pool"].unique(), key=lambda name: (name != pool, name))
-    views: dict[str, dict[str, Any]] = {}
-    shown = 0
-    for name in pools:
-        shown += int((of_model["pool"] == name).sum())
-        if views and shown > most:
-            break
-        measured = model_maps(of_model, name)[model]
-        views[str(name)] = _map_view(measured, kinds, tasks, hole)
-    left_out = len(pools) - len(views)
-    caption = (
-        "Distance between the states before and after a block (start × number of layers); dark is "
-        "redundant, dots mark the best block of each depth. The scale ends at the largest distance "
-        "among blocks that leave layer 0 in place; blocks from layer 0 may lie beyond it."
-    )
-    if left_out:
-        caption += f" {left_out} further token pools are in maps.parquet."
-    return Figure(
-        identity=f"maps-{model}",
-        title="Redundancy maps",
-        summary=f"{len(tasks)} by {len(kinds)} heat maps of block distance for {model}",
-        caption=caption,
-        views=views,
-        controls=[Control("pool", "Tokens", list(views))],
-    )
-
-
-def _map_view(
-    measured: ModelMaps,
-    kinds: Sequence[tuple[str | None, str, bool]],
-    tasks: Sequence[tuple[str, str, str | None]],
-    hole: Callable[..., str],
-) -> dict[str, Any]:
-    layers = measured.layers
-    inner = [table[1:, 1:] for table in measured.distances.values()]
-    top = max((float(np.nanmax(t)) for t in inner if np.isfinite(t).any()), default=1.0)
-    height = 148 * len(tasks) + 96
-    unit = height - 96
-    data: list[dict[str, Any]] = []
-    shape = layout(
-        height,
-        margin={"l": 48 + 8 * max(len(task_label(*t)) for t in tasks), "r": 70, "t": 44, "b": 52},
-        annotations=[],
-    )
-    shape["coloraxis"] = {
-        "colorscale": "Cividis", "cmin": 0, "cmax": round(top, 4),
-        "colorbar": {
-            "thickness": 10, "len": min(1.0, 296 / unit), "y": 1, "yanchor": "top", "x": 1.01,
-            "outlinewidth": 0, "title": {"text": "distance", "side": "right"},
-        },
-    }  # fmt: skip
-    shape["annotations"].append(panel_title("first layer removed", 0.5, 0, yshift=-42))
-    gap_x, gap_y = 0.02, 22 / unit
-    for row, task in enumerate(tasks):
-        bottom = 1 - (row + 1) / len(tasks) + (gap_y if row + 1 < len(tasks) else 0)
-        top_edge = 1 - row / len(tasks)
-        middle = (bottom + top_edge) / 2
-        shape["annotations"].append(
-            panel_title(f"<b>{plain(task_label(*task))}</b>", 0, middle, xanchor="right",
-                        yanchor="middle", xshift=-34)
-        )  # fmt: skip
-        for column, (encoder, modality, adapted) in enumerate(kinds):
-            left = column / len(kinds) + (gap_x / 2 if column else 0)
-            right = (column + 1) / len(kinds) - (gap_x / 2 if column + 1 < len(kinds) else 0)
-            index = row * len(kinds) + column
-            (x_name, x), (y_name, y) = axis("x", index), axis("y", index)
-            condition = MapCondition(encoder, *task, modality=modality, adapted=adapted)
-            below = [
-                MapCondition(encoder, *t, modality=modality, adapted=adapted)
-                for t in tasks[row + 1 :]
-            ]
-            lowest = not any(other in measured.distances for other in below)
-            shape[x_name] = {
-                "domain": [left, right], "anchor": y, "range": [-0.5, layers - 0.5], "dtick":
-                _tick(layers), "tick0": 0, "showgrid": False, "zeroline": False, "fixedrange": True,
-                "ticks": "", "showticklabels": lowest,
-            }  # fmt: skip
-            shape[y_name] = {
-                "domain": [bottom, top_edge], "anchor": x, "range": [0.5, layers + 0.5],
-                "dtick": _tick(layers), "tick0": 0, "showgrid": False, "zeroline": False,
-                "fixedrange": True, "ticks": "", "showticklabels": column == 0,
-            }  # fmt: skip
-            if row == 0:
-                title = [plain(encoder)] if encoder else []
-                title.append(modality if adapted else f"{modality}, before adapting")
-                shape["annotations"].append(
-                    panel_title("<br>".join(title), (left + right) / 2, 1, yshift=4)
-                )
-            table = measured.distances.get(condition)
-            if table is None:
-                shape["annotations"].append(
-                    _hole_note(hole(encoder, *task), (left + right) / 2, middle)
-                )
-            else:
-                data += _heat(table, measured.errors[condition], layers, x, y)
-    return {"data": data, "layout": shape}
-
-
-def _heat(
-    table: np.ndarray, errors: np.ndarray, layers: int, x: str, y: str
-) -> list[dict[str, Any]]:
-    depths = range(1, layers + 1)
-    best = [
-        (int(np.argmin(table[d, : layers - d + 1])), d)
-        for d in depths
-        if np.isfinite(table[d, : layers - d + 1]).all()
-    ]
-    return [
-        {
-            "type": "heatmap", "xaxis": x, "yaxis": y, "coloraxis": "coloraxis", "y0": 1, "dy": 1,
-            "z": [numbers(table[d, : layers - d + 1]) for d in depths],
-            "customdata": [numbers(errors[d, : layers - d + 1]) for d in depths],
-            "hoverongaps": False,
-            "xgap": 0.5, "ygap": 0.5,
-            "hovertemplate": "from layer %{x}, %{y} removed<br>distance %{z:.4f} ± %{customdata:.4f}"
-            "<extra></extra>",
-        },
-        {
-            "type": "scatter", "mode": "markers", "xaxis": x, "yaxis": y, "hoverinfo": "skip",
-            "x": [start for start, _ in best], "y": [depth for _, depth in best],
-            "marker": {"size": 4, "color": "#fff", "line": {"width": 1, "color": "#222"}},
-        },
-    ]  # fmt: skip
-
-
-def _hole_note(reason: str, x: float, y: float) -> dict[str, Any]:
-    words = textwrap.wrap(reason, 24, max_lines=4, placeholder=" …")
-    return panel_title(
-        "<br>".join(["<b>no map</b>", *map(plain, words)]), x, y, yanchor="middle",
-        hovertext=plain(reason), font={"size": 10},
-    )  # fmt: skip
-
-
-def _tick(layers: int) -> int:
+def tick(layers: int) -> int:
+    """Layers between two ticks of an axis over all of them."""
     return next(step for step in (1, 2, 4, 8, 16, 32, 64) if layers / step <= 6 or step == 64)
 
 
@@ -296,7 +134,7 @@ def strip_figure(
         (x_name, x), (y_name, y) = axis("x", i), axis("y", i)
         shape[x_name] = {
             "domain": [left, right], "anchor": y, "range": [-0.5, measured.layers - 0.5],
-            "tick0": 0, "dtick": _tick(measured.layers), "gridcolor": LINE, "zeroline": False,
+            "tick0": 0, "dtick": tick(measured.layers), "gridcolor": LINE, "zeroline": False,
             "fixedrange": True, "title": {"text": "layer" if band + 1 == bands else ""},
         }  # fmt: skip
         shape[y_name] = {
@@ -373,7 +211,7 @@ def frequency_figure(
     chance = chance_frequency(layers, depths)
     shape = layout(
         260,
-        xaxis={"title": {"text": "layer"}, "dtick": _tick(layers) if layers > 16 else 1,
+        xaxis={"title": {"text": "layer"}, "dtick": tick(layers) if layers > 16 else 1,
                "fixedrange": True, "showgrid": False, "zeroline": False},
         yaxis={"title": {"text": "share of chosen blocks"}, "tickformat": ".0%", "rangemode":
                "tozero", "gridcolor": LINE, "fixedrange": True, "zeroline": False},

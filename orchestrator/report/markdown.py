@@ -16,7 +16,7 @@ def markdown(
     statuses: Sequence[tuple[str, int]],
     missing: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Verdict, recommended blocks, agreement and coverage as Markdown."""
+    """Verdict, recommended blocks, agreement, validation and coverage as Markdown."""
     lines = [f"# Layer-consensus report: {_cell(summary.name)}", "", f"Made {summary.created}.", ""]
     if summary.lab:
         lines += ["> **Figures from the built-in lab.** Known limits:", ">"]
@@ -52,6 +52,19 @@ def markdown(
         lines += _table(
             ["depth", "scope", "shared block", "Jaccard", "by chance", "p", "Spearman",
              "Spearman without layer 0", "largest regret", "conditions", "coverage"], rows,
+        )  # fmt: skip
+        if section["mapped"]:
+            lines += ["Validation against damage: " + _cell(section["judgement"]), ""]
+        rows = [
+            [
+                j.name, j.pool, _figure(j.spearman_without_layer_0), _figure(j.spearman),
+                _figure(j.regret, 4), _figure(j.worst, 4), j.spans, str(j.conditions),
+            ]
+            for j in section["judged"]
+        ]  # fmt: skip
+        lines += _table(
+            ["criterion", "tokens", "rank correlation without layer 0", "with it", "mean regret (nats)",
+             "largest regret (nats)", "depths", "conditions"], rows,
         )  # fmt: skip
     lines += ["## Coverage", ""]
     lines += [", ".join(f"{count} {name}" for name, count in statuses) or "No cells yet.", ""]

@@ -13,10 +13,28 @@
     return element;
   };
 
+  // Not every choice goes with every other one (damage has one pool): those that don't are greyed.
+  function viewKey(figure, keys) {
+    let key = "";
+    for (const select of figure.querySelectorAll("select")) {
+      const goes = (option) => {
+        const start = key + option.value;
+        return keys.some((k) => k === start || k.startsWith(`${start}|`));
+      };
+      for (const option of select.options) option.disabled = !goes(option);
+      if (select.selectedOptions[0]?.disabled) {
+        const first = [...select.options].findIndex((option) => !option.disabled);
+        if (first >= 0) select.selectedIndex = first;
+      }
+      key += `${select.value}|`;
+    }
+    return key.slice(0, -1);
+  }
+
   function draw(figure) {
     const script = figure.querySelector("script");
     const views = (figure.views ??= JSON.parse(script.textContent));
-    const key = [...figure.querySelectorAll("select")].map((s) => s.value).join("|");
+    const key = viewKey(figure, Object.keys(views));
     const plot = figure.querySelector(".plot");
     const view = views[key];
     plot.hidden = !view;

@@ -22,20 +22,19 @@ from orchestrator.consensus import (
     WITHOUT_LAYER_0,
     agreement_between_models,
     chance_jaccard,
+    expected_conditions,
     model_maps,
 )
 from orchestrator.report.curves import curve_figure
-from orchestrator.report.figures import (
-    MOST_DISTANCES,
-    Figure,
-    frequency_figure,
-    map_figure,
-    strip_figure,
-)
+from orchestrator.report.figures import MOST_NUMBERS, Figure, frequency_figure, strip_figure
+from orchestrator.report.heatmaps import map_figure, measured_maps
 from orchestrator.report.markdown import markdown
+from orchestrator.report.pairs import PAIRED, pair_figure
 from orchestrator.report.scores import METRIC_NAMES, primary_cells, task_label
 from orchestrator.report.summary import LAB_LIMITS, Failure, RunSummary
-from orchestrator.report.tables import TABLES, replace_text, typed, write_tables
+from orchestrator.report.tables import TABLES, replace_text, typed, with_criterion, write_tables
+from orchestrator.report.validation import WITHOUT, in_words, judgements
+from orchestrator.report.validation_figures import curves_figure, scatter_figure
 from orchestrator.report.verdict import (
     Recommendation,
     layers_text,
@@ -75,6 +74,7 @@ def build_report(
     profile: pd.DataFrame,
     summary: RunSummary,
     out: Path,
+    validation: pd.DataFrame | None = None,
 ) -> Report:
     """Write `index.html`, `report.md` and each table as Parquet and CSV into a folder.
 
@@ -87,11 +87,18 @@ def build_report(
         profile: speed and memory (`PROFILE_COLUMNS`).
         summary: how the figures were made.
         out: the folder, made if it is not there.
+        validation: how well distances foretell damage (`VALIDATION_COLUMNS`); None: not measured.
 
     Returns:
         Where the page is, and what it says first.
     """
-    given = {"results": results, "maps": maps, "consensus": consensus, "profile": profile}
+    given = {
+        "results": results,
+        "maps": with_criterion(maps),
+        "consensus": consensus,
+        "profile": profile,
+        "validation": pd.DataFrame() if validation is None else validation,
+    }
     tables = {name: typed(table, TABLES[name]) for name, table in given.items()}
     cells = primary_cells(tables["results"])
     advice = recommendations(
@@ -124,6 +131,8 @@ def build_report(
         between=_between(tables["maps"], depths, summary.pool),
         profile=_profile_rows(tables["profile"]),
         metric_names=METRIC_NAMES,
+        table_names=list(TABLES),
+        no_validation=WITHOUT,
         tolerance=points(summary.tolerance),
         results_json=_embedded(_columnar(tables["results"])),
         sweep_yaml=yaml.safe_dump(
@@ -203,14 +212,21 @@ def _model_section(
         named = reasons.loc[control | blocked, "reason"]
         return str(named.iloc[0]) if len(named) else "not measured"
 
-    maps = tables["maps"]
-    most = MOST_DISTANCES // max(1, maps["model"].nunique())
+    maps, pool = tables["maps"], summary.pool
+    most = MOST_NUMBERS // max(1, maps["model"].nunique())
+    validation = tables["validation"]
+    measured = measured_maps(model, maps, pool)
+    judged = judgements(validation[validation["model"] == model], depths)
+    expected = expected_conditions(maps, tables["results"])
     made: dict[str, Figure | None] = {
         "curves": curve_figure(model, cells, summary.tolerance),
-        "strip": strip_figure(model, maps, tables["consensus"], summary.pool, depths),
-        "frequency": frequency_figure(model, maps, summary.pool, depths),
-        "maps": map_figure(model, maps, tables["results"], summary.pool, hole, most),
+        "strip": strip_figure(model, maps, tables["consensus"], pool, depths),
+        "frequency": frequency_figure(model, maps, pool, depths),
+        "maps": map_figure(model, measured, expected, hole, most),
+        "damage": scatter_figure(model, measured, depths, most),
+        "validation": curves_figure(model, validation, most),
     }
+    pairs = [pair_figure(model, scope, measured, depths, most) for scope in PAIRED]
     return {
         "model": model,
         "verdict": sentence,
@@ -220,6 +236,10 @@ def _model_section(
         "unscored": _unscored(of_model, own),
         "scored": (int(of_model["scored"].sum()), len(of_model)),
         "consensus": _consensus_rows(tables, model, depths),
+        "mapped": bool(measured),
+        "judged": judged,
+        "judgement": in_words(judged, pool) if judged else WITHOUT,
+        "pairs": [_embed_figure(figure) for figure in pairs if figure is not None],
         "figures": {name: figure and _embed_figure(figure) for name, figure in made.items()},
     }
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from orchestrator.mapgrid import ANGULAR
+
 RESULTS_COLUMNS: dict[str, str] = {
     "model": "str",
     "encoder": "str",
@@ -83,11 +85,34 @@ PROFILE_COLUMNS: dict[str, str] = {
     "device": "str",
 }
 
+VALIDATION_COLUMNS: dict[str, str] = {
+    "model": "str",
+    "encoder": "str",
+    "task": "str",
+    "source_language": "str",
+    "target_language": "str",
+    "modality": "str",
+    "adapted": "boolean",
+    "criterion": "str",
+    "pool": "str",
+    "depth": "Int64",
+    "spearman": "float64",
+    "spearman_without_layer_0": "float64",
+    "start": "Int64",
+    "best_start": "Int64",
+    "regret": "float64",
+    "regret_ci_low": "float64",
+    "regret_ci_high": "float64",
+    "samples": "Int64",
+}
+"""How well a criterion ranks the blocks of one depth as their damage does (nats per token)."""
+
 TABLES: dict[str, dict[str, str]] = {
     "results": RESULTS_COLUMNS,
     "maps": MAPS_COLUMNS,
     "consensus": CONSENSUS_COLUMNS,
     "profile": PROFILE_COLUMNS,
+    "validation": VALIDATION_COLUMNS,
 }
 
 
@@ -108,6 +133,13 @@ def typed(
     if unknown:
         raise ValueError(f"no such column: {', '.join(unknown)} (known: {', '.join(columns)})")
     return frame.reindex(columns=list(columns)).reset_index(drop=True).astype(dict(columns))
+
+
+def with_criterion(maps: pd.DataFrame) -> pd.DataFrame:
+    """A `maps` table that names its criterion: one from before there was a choice is angular."""
+    if "criterion" not in maps:
+        return maps.assign(criterion=ANGULAR)
+    return maps.assign(criterion=maps["criterion"].fillna(ANGULAR))
 
 
 def write_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:

@@ -50,7 +50,7 @@ def test_a_text_map_is_printed_and_written(layersweep, folder):
     assert f"llama: 4 layers, 10 blocks, {len(SENTENCES)} samples of text" in out
     assert "angular, pool all" in out
     assert "pool last" not in out  # one pool speaks for the others
-    assert out.rstrip().endswith("text/map.parquet")
+    assert out.splitlines()[-2:] == ["text/map.parquet", "text/map.png"]
     table = pd.read_parquet(folder / "text" / "map.parquet")
     assert list(table.columns) == [
         "criterion", "pool", "start", "depth", "distance", "std_error", "samples",

@@ -11,21 +11,27 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from orchestrator.consensus import consensus_table
+from orchestrator.consensus import consensus_table, expected_conditions
 from orchestrator.report import (
     CONSENSUS_COLUMNS,
     MAPS_COLUMNS,
     PROFILE_COLUMNS,
     RESULTS_COLUMNS,
     TABLES,
+    VALIDATION_COLUMNS,
     RunSummary,
     build_report,
     typed,
 )
 from orchestrator.report.curves import curve_figure
-from orchestrator.report.figures import frequency_figure, map_figure, strip_figure
+from orchestrator.report.figures import frequency_figure, strip_figure
+from orchestrator.report.heatmaps import allotted, drawn_depths, map_figure, measured_maps
+from orchestrator.report.pairs import PAIRED, pair_figure
 from orchestrator.report.scores import changes, mean_score, of_selector, primary_cells, records
+from orchestrator.report.validation import in_words, judgements
+from orchestrator.report.validation_figures import curves_figure, scatter_figure
 from orchestrator.report.verdict import recommendations, verdict
+from workers.config import POOLS
 
 LAYERS = 12
 CONDITIONS = [
@@ -93,8 +99,13 @@ def demo_results(
     return typed(rows, RESULTS_COLUMNS)
 
 
-def demo_maps(models: Sequence[str] = ("lab-llama",), drop: int = 0) -> pd.DataFrame:
-    """25 maps a model: text before adapting, and text and speech after it for both encoders."""
+def demo_maps(
+    models: Sequence[str] = ("lab-llama",), drop: int = 0, criteria: Sequence[str] = ("angular",)
+) -> pd.DataFrame:
+    """25 maps a model: text before adapting, and text and speech after it for both encoders.
+
+    Damage is measured at the depths of the sweep alone.
+    """
     random = np.random.default_rng(2)
     rows = []
     for model in models:
@@ -105,15 +116,17 @@ def demo_maps(models: Sequence[str] = ("lab-llama",), drop: int = 0) -> pd.DataF
         for task, source, target in CONDITIONS:
             for encoder, modality, adapted in kinds:
                 own = steps * random.uniform(0.8, 1.25, LAYERS)
-                for pool in ("all", "last", "audio", "prompt", "target"):
-                    for depth in range(1, LAYERS + 1):
+                places = [(c, p) for c in criteria for p in POOLS if c != "damage" or p == "target"]
+                for criterion, pool in places:
+                    for depth in DEPTHS[1:] if criterion == "damage" else range(1, LAYERS + 1):
                         for start in range(LAYERS - depth + 1):
-                            distance = 0.5 * np.tanh(2 * own[start : start + depth].sum())
+                            scale = 8 if criterion == "damage" else 0.5
+                            distance = scale * np.tanh(2 * own[start : start + depth].sum())
                             rows.append({
                                 "model": model, "encoder": encoder, "task": task,
                                 "source_language": source, "target_language": target,
                                 "modality": modality, "adapted": adapted, "pool": pool,
-                                "start": start, "depth": depth, "distance": distance,
+                                "criterion": criterion, "start": start, "depth": depth, "distance": distance,
                                 "std_error": 0.002, "samples": 128, "stage_key": "ab" * 16,
                             })  # fmt: skip
     frame = typed(rows, MAPS_COLUMNS)
@@ -121,6 +134,30 @@ def demo_maps(models: Sequence[str] = ("lab-llama",), drop: int = 0) -> pd.DataF
         gone = (frame["encoder"] == "conformer") & (frame["task"] == "ast")
         frame = frame[~gone]
     return frame
+
+
+def demo_validation(models: Sequence[str] = ("lab-llama",)) -> pd.DataFrame:
+    """Influence foretells damage better than the angular distance does; in pool last, nothing."""
+    rows = []
+    for model in models:
+        for encoder in ("whisper", "conformer"):
+            for task, source, target in CONDITIONS:
+                for criterion, pool, skill in (
+                    ("angular", "all", 0.4), ("angular", "last", 0.0), ("influence", "all", 0.8),
+                ):  # fmt: skip
+                    rows += [
+                        {
+                            "model": model, "encoder": encoder, "task": task,
+                            "source_language": source, "target_language": target,
+                            "modality": "speech", "adapted": True, "criterion": criterion,
+                            "pool": pool, "depth": depth, "spearman": (1 + skill) / 2,
+                            "spearman_without_layer_0": skill, "start": 5, "best_start": 6,
+                            "regret": (1 - skill) * depth / 10, "regret_ci_low": 0.0,
+                            "regret_ci_high": (1 - skill) * depth / 5, "samples": 64,
+                        }
+                        for depth in DEPTHS[1:]
+                    ]  # fmt: skip
+    return typed(rows, VALIDATION_COLUMNS)
 
 
 def demo_profile() -> pd.DataFrame:
@@ -191,11 +228,14 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results, maps = demo_results(), demo_maps()
-    out = tmp_path_factory.mktemp("full")
-    return build_report(
-        results, maps, demo_consensus(maps, results), demo_profile(), demo_summary(), out
-    ).page
+    return full_report(tmp_path_factory.mktemp("full"))
+
+
+def full_report(out: Path) -> Path:
+    """Every table filled, several criteria measured."""
+    results, maps = demo_results(), demo_maps(criteria=("angular", "influence", "damage"))
+    tables = results, maps, demo_consensus(maps, results), demo_profile()
+    return build_report(*tables, demo_summary(), out, demo_validation()).page
 
 
 def test_page_is_one_file_that_loads_nothing(full: Path) -> None:
@@ -238,10 +278,7 @@ def test_tables_come_back_as_they_were(full: Path) -> None:
 
 
 def test_same_tables_give_the_same_page(full: Path, tmp_path: Path) -> None:
-    results, maps = demo_results(), demo_maps()
-    again = build_report(
-        results, maps, demo_consensus(maps, results), demo_profile(), demo_summary(), tmp_path
-    ).page
+    again = full_report(tmp_path)
     assert again.read_bytes() == full.read_bytes()
     assert (tmp_path / "report.md").read_bytes() == (full.parent / "report.md").read_bytes()
 
@@ -286,6 +323,7 @@ def test_any_one_table_alone_gives_a_page(only: str, tmp_path: Path) -> None:
         "maps": maps,
         "consensus": demo_consensus(maps, results),
         "profile": demo_profile(),
+        "validation": demo_validation(),
     }
     tables = {name: whole[name] if name == only else typed([], TABLES[name]) for name in TABLES}
     page = Page(build_report(**tables, summary=demo_summary(), out=tmp_path).page)
@@ -320,6 +358,21 @@ def test_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     assert "<img" not in (tmp_path / "report.md").read_text()
 
 
+def test_names_from_data_are_escaped_in_the_figures_of_pairs_and_validation() -> None:
+    evil = "<img src=x>"
+    maps = demo_maps([evil], criteria=("angular", "damage"))
+    maps["encoder"] = maps["encoder"].replace("whisper", evil)
+    measured = measured_maps(evil, maps, "all")
+    figures = [
+        *(pair_figure(evil, scope, measured, DEPTHS) for scope in PAIRED),
+        scatter_figure(evil, measured, DEPTHS),
+        curves_figure(evil, demo_validation([evil])),
+    ]
+    for figure in figures:
+        assert figure is not None
+        assert "<img" not in json.dumps(list(figure.views.values()))
+
+
 def test_only_the_two_own_scripts_may_run(full: Path) -> None:
     page = full.read_text(encoding="utf-8")
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
@@ -329,13 +382,18 @@ def test_only_the_two_own_scripts_may_run(full: Path) -> None:
 
 
 def test_figures_are_valid_plotly() -> None:
-    results, maps = demo_results(seeds=(0, 1, 2), holes=True), demo_maps(drop=1)
+    results = demo_results(seeds=(0, 1, 2), holes=True)
+    maps = demo_maps(drop=1, criteria=("angular", "damage"))
+    measured = measured_maps("lab-llama", maps, "all")
     cells, consensus = primary_cells(results), demo_consensus(maps, results)
     figures = [
         curve_figure("lab-llama", cells, 1.0),
         strip_figure("lab-llama", maps, consensus, "all", DEPTHS),
         frequency_figure("lab-llama", maps, "all", DEPTHS),
-        map_figure("lab-llama", maps, results, "all", lambda *_: "why"),
+        map_figure("lab-llama", measured, expected_conditions(maps, results), lambda *_: "why"),
+        *(pair_figure("lab-llama", scope, measured, DEPTHS) for scope in PAIRED),
+        scatter_figure("lab-llama", measured, DEPTHS),
+        curves_figure("lab-llama", demo_validation()),
     ]
     for figure in figures:
         assert figure is not None
@@ -440,3 +498,196 @@ def test_mean_curve_leaves_out_a_condition_that_has_a_hole() -> None:
 def test_unknown_column_is_refused() -> None:
     with pytest.raises(ValueError, match="no such column: wer"):
         typed([{"wer": 1.0}], RESULTS_COLUMNS)
+
+
+# --- maps by criterion, pairs and validation -----------------------------------------------
+
+
+def test_maps_have_a_choice_of_criterion_with_the_angular_distance_first() -> None:
+    maps = demo_maps(criteria=("damage", "influence", "angular"))
+    measured = measured_maps("lab-llama", maps, "last")
+    # One pool of each criterion comes first: those are what a full page keeps.
+    assert list(measured)[:3] == [("angular", "last"), ("influence", "last"), ("damage", "target")]
+    conditions = expected_conditions(maps)
+    figure = map_figure("lab-llama", measured, conditions, lambda *_: "why")
+    assert figure is not None
+    criterion, pool = figure.controls
+    assert list(criterion.options) == ["angular", "influence", "damage"]
+    assert pool.options[0] == "last"
+    assert "damage|target" in figure.views
+    assert "damage|last" not in figure.views
+    for key, name in (("angular|last", "angular distance"), ("damage|target", "damage")):
+        assert name in figure.views[key]["layout"]["coloraxis"]["colorbar"]["title"]["text"]
+
+
+def test_damage_is_shaded_by_its_logarithm_and_read_in_nats() -> None:
+    measured = measured_maps("lab-llama", demo_maps(criteria=("damage",)), "all")
+    conditions = list(next(iter(measured.values())).distances)
+    figure = map_figure("lab-llama", measured, conditions, lambda *_: "why")
+    assert figure is not None
+    view = figure.views["damage|target"]
+    heat = view["data"][0]
+    assert [len(row) for row in heat["z"]] == [0, 11, 0, 9, 0, 7]  # depths 2, 4, 6 of 12
+    shaded, nats = heat["z"][1][3], float(heat["text"][1][3])
+    assert shaded == pytest.approx(np.arcsinh(nats / 0.05), abs=2e-3)
+    bar = view["layout"]["coloraxis"]["colorbar"]
+    assert dict(zip(bar["ticktext"], bar["tickvals"], strict=True))["1"] == pytest.approx(
+        np.arcsinh(1 / 0.05), abs=1e-4
+    )
+
+
+def test_a_page_of_many_maps_is_thinned_and_says_so() -> None:
+    measured = measured_maps("lab-llama", demo_maps(), "all")
+    conditions = list(next(iter(measured.values())).distances)
+    cells = 25 * LAYERS * (LAYERS + 1) // 2
+    figure = map_figure("lab-llama", measured, conditions, lambda *_: "why", cells // 2)
+    assert figure is not None
+    assert list(figure.views) == ["angular|all"]
+    assert "one depth in 2 is drawn" in figure.caption
+    assert "4 further choices" in figure.caption
+    heat, best = figure.views["angular|all"]["data"][:2]
+    assert (len(heat["z"]), heat["dy"], best["y"]) == (6, 2, [1, 3, 5, 7, 9, 11])
+    pair = pair_figure("lab-llama", PAIRED[0], measured, DEPTHS, cells // 2)
+    assert pair is not None
+    assert "one depth in" in pair.caption
+
+
+def test_room_goes_to_one_pool_of_each_criterion_first() -> None:
+    costs = {("a", "x"): 40, ("b", "x"): 40, ("a", "y"): 40, ("b", "y"): 10}
+    assert allotted(costs, 80, 200) == (1, list(costs))
+    assert allotted(costs, 80, 90) == (1, [("a", "x"), ("b", "x"), ("b", "y")])
+    # Half the depths of 80 layers make room for the second criterion; of 12 layers they would not.
+    assert allotted(costs, 80, 40) == (2, [("a", "x"), ("b", "x")])
+    assert allotted(costs, 12, 40) == (1, [("a", "x")])
+    assert allotted(costs, 12, 10)[0] == 4  # the first is always there
+
+
+def test_depths_never_measured_are_not_thinned() -> None:
+    table = np.full((13, 12), np.nan)
+    table[[2, 4, 6], :6] = 1.0
+    assert drawn_depths([table], 2) == range(1, 7)
+    table[1:, 0] = 1.0
+    assert drawn_depths([table], 2) == range(1, 13, 2)
+
+
+def test_text_stands_beside_speech_and_before_beside_after() -> None:
+    maps = demo_maps(criteria=("angular", "damage"))
+    measured = measured_maps("lab-llama", maps, "all")
+    text_speech, before_after = (
+        pair_figure("lab-llama", scope, measured, DEPTHS) for scope in PAIRED
+    )
+    assert text_speech is not None
+    assert before_after is not None
+    assert len(text_speech.controls[0].options) == len(before_after.controls[0].options) == 10
+    assert "ast-de-en · text · whisper" in before_after.controls[0].options
+    view = text_speech.views["asr-de · whisper|angular|all"]
+
+    def table(modality: str) -> pd.DataFrame:
+        chosen = maps[(maps["encoder"] == "whisper") & (maps["modality"] == modality)]
+        chosen = chosen[(chosen["task"] == "asr") & (chosen["source_language"] == "de")]
+        chosen = chosen[(chosen["criterion"] == "angular") & (chosen["pool"] == "all")]
+        return chosen.set_index(["depth", "start"])["distance"]
+
+    heats = [trace for trace in view["data"] if trace["type"] == "heatmap"]
+    text, speech = table("text"), table("speech")
+    for heat, expected in zip(heats, (text, speech, speech - text), strict=True):
+        assert heat["z"][3] == pytest.approx(expected.loc[4].sort_index().to_list(), abs=1e-4)
+    limits = view["layout"]["coloraxis2"]
+    assert limits["cmin"] == -limits["cmax"]
+    (marks, _) = (trace for trace in view["data"] if trace["type"] == "scatter")
+    assert marks["x"][3] == text.loc[4].idxmin()
+    words = view["layout"]["annotations"][-1]["text"]
+    assert "Best blocks at depth 2, 4, 6: mean Jaccard" in words
+    assert "Correlation over blocks, each depth centred" in words
+    assert "speech − text" in words
+
+
+def test_a_sweep_without_pairs_has_no_such_figure() -> None:
+    maps = demo_maps()
+    measured = measured_maps("lab-llama", maps[maps["modality"] == "speech"], "all")
+    assert [pair_figure("lab-llama", scope, measured, DEPTHS) for scope in PAIRED] == [None, None]
+
+
+def test_judgements_by_hand() -> None:
+    found = judgements(demo_validation(), depths=(2, 4))
+    assert [(j.criterion, j.pool) for j in found] == [
+        ("influence", "all"), ("angular", "all"), ("angular", "last"),
+    ]  # fmt: skip
+    own = found[1]
+    assert own.spearman_without_layer_0 == pytest.approx(0.4)
+    assert own.spearman == pytest.approx(0.7)
+    assert own.regret == pytest.approx(0.6 * 0.3)
+    assert (own.worst, own.worst_low, own.worst_high) == pytest.approx((0.24, 0.0, 0.48))
+    assert (own.depths, own.conditions) == ((2, 4), 10)
+
+
+def test_the_sentence_speaks_of_the_distance_that_selectors_read() -> None:
+    found = judgements(demo_validation(), depths=(2, 4))
+    assert in_words(found, "all") == (
+        "Across depths 2, 4 the angular distance in pool all ranks blocks as damage does with mean "
+        "rank correlation 0.40 without layer 0 (0.70 with it); its choice costs 0.18 nats per token "
+        "more than the best block in the mean, and 0.24 at worst. The block influence in pool all "
+        "costs least: 0.060 in the mean."
+    )
+    assert "angular distance in pool last" in in_words(found, "last")
+    alone = demo_validation()
+    alone = alone[alone["criterion"] == "influence"]
+    alone["spearman"] = alone["spearman_without_layer_0"] = None
+    text = in_words(judgements(alone, (6,)), "all")
+    assert text.startswith("At depth 6 the block influence in pool all has too few starts")
+    assert "costs least" not in text
+
+
+def test_dots_are_the_blocks_measured_twice_and_rings_what_the_distance_would_choose() -> None:
+    maps = demo_maps(criteria=("angular", "damage"))
+    measured = measured_maps("lab-llama", maps, "all")
+    figure = scatter_figure("lab-llama", measured, DEPTHS)
+    assert figure is not None
+    assert "damage" not in figure.controls[0].options
+    data = figure.views["angular|all"]["data"]
+    rings = [t for t in data if t["marker"].get("symbol") == "circle-open"]
+    assert len(rings) == len(DEPTHS) - 1
+    dots = [t for t in data if t not in rings]
+    assert {len(t["x"]) for t in dots} == {LAYERS - d for d in DEPTHS[1:]}  # none from layer 0
+    assert min(min(t["marker"]["color"]) for t in dots) == 1
+    for ring, depth in zip(rings, DEPTHS[1:], strict=True):
+        panel = [t for t in dots if t["xaxis"] == ring["xaxis"]]
+        assert sorted(ring["x"]) == sorted(min(t["x"]) for t in panel), depth
+
+
+def test_page_says_how_well_distances_foretell_damage(full: Path) -> None:
+    text = " ".join(Page(full).text.split())
+    assert "Across depths 2, 4, 6 the angular distance in pool all ranks blocks" in text
+    assert "Every block: distance against damage" in text
+    assert "maps.damage: true" not in text
+    short = (full.parent / "report.md").read_text(encoding="utf-8")
+    assert "Validation against damage: Across depths 2, 4, 6" in short
+    assert "| block influence | all | 0.80 | 0.90 |" in short
+
+
+def test_page_without_damage_says_how_to_get_it(tmp_path: Path) -> None:
+    results, maps = demo_results(), demo_maps()
+    page = build_report(
+        results, maps, demo_consensus(maps, results), demo_profile(), demo_summary(), tmp_path
+    ).page
+    text = " ".join(Page(page).text.split())
+    assert "maps.damage: true" in text
+    assert "Text beside speech" in text
+    assert "Before beside after adapting" in text
+    assert "distance against damage" not in text.replace("Validation: distance against damage", "")
+    assert "maps.damage: true" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert len(pd.read_parquet(tmp_path / "validation.parquet")) == 0
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_a_table_from_before_there_was_a_choice_of_criterion_is_angular(
+    null: bool, tmp_path: Path
+) -> None:
+    results, maps = demo_results(), demo_maps()
+    old = maps.assign(criterion=None) if null else maps.drop(columns="criterion")
+    tables = demo_consensus(old, results), demo_profile()
+    pd.testing.assert_frame_equal(tables[0], demo_consensus(maps, results))
+    page = build_report(results, old, *tables, demo_summary(), tmp_path).page
+    assert "angular|all" in " ".join(Page(page).scripts)
+    written = typed(pd.read_parquet(tmp_path / "maps.parquet"), MAPS_COLUMNS)
+    assert set(written["criterion"]) == {"angular"}
