@@ -134,10 +134,15 @@ def block_regret(measured: ModelMaps, depth: int, start: int) -> tuple[float, fl
     return float(np.mean(regrets)), float(np.max(regrets))
 
 
+def by_criterion(maps: pd.DataFrame, criterion: str) -> pd.DataFrame:
+    """The rows of one criterion; where none is named, distances are angular."""
+    if "criterion" in maps.columns:
+        return maps[maps["criterion"].fillna("angular") == criterion]
+    return maps if criterion == "angular" else maps.iloc[:0]
+
+
 def model_maps(maps: pd.DataFrame, pool: str, criterion: str = "angular") -> dict[str, ModelMaps]:
     """Every model's maps by one criterion in one pool, as arrays.
-
-    A table without the column `criterion`, or null in it, is of angular distances.
 
     Raises:
         InvalidInput: one condition has two values for the same block.
@@ -147,11 +152,8 @@ def model_maps(maps: pd.DataFrame, pool: str, criterion: str = "angular") -> dic
         layers = int((of_model["start"] + of_model["depth"]).max())
         distances: dict[MapCondition, Floats] = {}
         errors: dict[MapCondition, Floats] = {}
-        in_pool = of_model[of_model["pool"] == pool]
-        if "criterion" in in_pool:
-            in_pool = in_pool[in_pool["criterion"].fillna("angular") == criterion]
-        elif criterion != "angular":
-            in_pool = in_pool.iloc[:0]
+        of_criterion = by_criterion(of_model, criterion)
+        in_pool = of_criterion[of_criterion["pool"] == pool]
         for key, rows in in_pool.groupby(_CONDITION, dropna=False, sort=True):
             condition = condition_of(key)
             starts = rows["start"].to_numpy(dtype=int)
