@@ -149,8 +149,6 @@ def by_criterion(maps: pd.DataFrame, criterion: str) -> pd.DataFrame:
 def model_maps(maps: pd.DataFrame, pool: str, criterion: str = "angular") -> dict[str, ModelMaps]:
     """Every model's maps by one criterion in one pool, as arrays.
 
-    A table without the column `criterion`, or null in it, is of angular distances.
-
     Raises:
         InvalidInput: one condition has two values for the same block.
     """
