@@ -1,17 +1,23 @@
-"""Saving a cut model, and the gate: the folder is the model in memory, and it decodes."""
+"""Saving a cut model, and the two gates a saved folder must pass.
+
+The one runs it: the folder is the model in memory, bit for bit, and it decodes. The other needs no
+model in memory: every stored tensor is its source's, and all of them fit the configuration.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from workers.decoder_parts import evaluating, unique_parameters, unwrapped
 from workers.errors import InvalidInput, first_line
+from workers.model_files import refuse_in_use
+from workers.shards import StoredTensor, digest_of
+from workers.skeleton import ModelClass, fit, opener, quiet_transformers
 
 
 def save_pruned(
@@ -33,8 +39,7 @@ def save_pruned(
             "decoder",
             "merge the adapter first (merge_and_unload)",
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidInput("the output folder is not empty", str(out), "name a new folder")
+    refuse_in_use(out)
     # save_pretrained writes class names and dtype into the configuration it saves.
     configs = {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}
     settings = [(config, dict(vars(config))) for config in configs.values()]
@@ -47,7 +52,12 @@ def save_pruned(
 
 
 def reload_gate(
-    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor], new_tokens: int = 8
+    model: PreTrainedModel,
+    folder: Path,
+    inputs: Mapping[str, Tensor],
+    new_tokens: int = 8,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Makes sure that a folder `save_pruned` wrote is the model in memory, and that it decodes.
 
@@ -60,20 +70,22 @@ def reload_gate(
         inputs: keyword arguments of the forward pass, `input_ids` `[batch, time]` among them; a
             batch with padding needs `attention_mask`.
         new_tokens: decoded for the check of the cache.
+        trust_remote_code: let the folder's own code run.
 
     Raises:
         InvalidInput: names what differs.
     """
     where = str(folder)
-    known = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
     try:
-        loaded, report = (AutoModelForCausalLM if known else type(model)).from_pretrained(
-            folder,
-            dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with quiet_transformers():
+            loaded, report = opener(type(model), model.config).from_pretrained(
+                folder,
+                dtype=model.dtype,
+                attn_implementation=model.config._attn_implementation,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )
     except Exception as error:  # a damaged folder fails in any way it likes
         raise InvalidInput(f"the folder does not open: {first_line(error)}", where) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -82,13 +94,23 @@ def reload_gate(
             raise InvalidInput(
                 f"reloading reports {len(report[kind])} {kind.replace('_', ' ')}: {names}", where
             )
-    loaded.to(model.device).eval()
+    same_model(model, loaded.to(model.device).eval(), inputs, new_tokens, where)
+
+
+def same_model(
+    model: nn.Module, loaded: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int, where: str
+) -> None:
+    """`reload_gate` for two models in memory, which may carry adapters.
+
+    Raises:
+        InvalidInput: names what differs; `where` is the folder the second one was loaded from.
+    """
     ours, theirs = unique_parameters(model)[0], unique_parameters(loaded)[0]
     if ours != theirs:
         raise InvalidInput(
             f"the reloaded model has {theirs} parameters, the one in memory {ours}", where
         )
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), evaluating(loaded), torch.no_grad():
         expected, logits = (m(**inputs, use_cache=False).logits for m in (model, loaded))
         exact = expected.device.type == "cpu"
         if not (torch.equal(expected, logits) if exact else _close(expected, logits)):
@@ -105,8 +127,80 @@ def reload_gate(
                 )
 
 
+def stored_gate(
+    model: ModelClass,
+    config: PreTrainedConfig,
+    written: Mapping[str, StoredTensor],
+    sources: Mapping[str, StoredTensor],
+    digests: Mapping[str, str],
+    where: str,
+) -> None:
+    """Makes sure of written weights without loading any: the same tensors, and all that is needed.
+
+    Args:
+        model: the class the folder opens as.
+        config: what the folder says now.
+        written: the tensors found in it, by name.
+        sources: what each of them should be, by name.
+        digests: SHA-256 of the sources' bytes, by name.
+        where: the folder, for messages.
+
+    Raises:
+        InvalidInput: names what differs.
+    """
+    for name in sources.keys() | written.keys():
+        there, source = written.get(name), sources.get(name)
+        if there is None or source is None:
+            state = "missing" if there is None else "not meant to be there"
+            raise InvalidInput(f"{name} is {state}", where)
+        if (there.dtype, there.shape) != (source.dtype, source.shape):
+            raise InvalidInput(f"{name} has another type or shape than its source", where)
+        if digest_of(there) != digests[name]:
+            raise InvalidInput(
+                f"{name} differs from {source.name} of {source.file}",
+                where,
+                "is the disk in order?",
+            )
+    fit_gate(model, config, written, where)
+
+
+def fit_gate(
+    model: ModelClass, config: PreTrainedConfig, written: Mapping[str, StoredTensor], where: str
+) -> None:
+    """Makes sure that written weights are all that the folder's configuration asks for.
+
+    Raises:
+        InvalidInput: some are missing or of another shape.
+    """
+    found = fit(model, config, {name: tensor.on_meta() for name, tensor in written.items()})
+    for kind, names in (("missing", found.missing), ("misshapen", found.mismatched)):
+        if names:
+            raise InvalidInput(f"{len(names)} weights are {kind}, such as {names[0]}", where)
+
+
+def probe_inputs(model: nn.Module, batch: int = 2, time: int = 9) -> dict[str, Tensor]:
+    """Token ids `[batch, time]` for the gate, drawn from the vocabulary, special ones left out.
+
+    Deterministic; a placeholder for audio or images is special as well.
+    """
+    base = unwrapped(model)
+    text = base.config.get_text_config(decoder=True)
+    special: set[int] = set()
+    for config in (base.config, text):
+        for name, value in vars(config).items():
+            if name.endswith(("token_id", "token_ids", "token_index")) and value is not None:
+                special |= {value} if isinstance(value, int) else set(value)
+    embeddings = base.get_input_embeddings().weight
+    plain = [i for i in range(min(len(embeddings), text.vocab_size)) if i not in special]
+    longest = getattr(text, "max_position_embeddings", None) or time
+    chosen = torch.randint(
+        len(plain), (batch, min(time, longest)), generator=torch.Generator().manual_seed(0)
+    )
+    return {"input_ids": torch.tensor(plain)[chosen].to(embeddings.device)}
+
+
 def _cache_gap(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens: int, where: str
+    model: Any, inputs: Mapping[str, Tensor], new_tokens: int, where: str
 ) -> float | None:
     """Largest difference of logits between cached steps and one uncached run, if it is too large."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))

@@ -6,6 +6,7 @@ run, 130 interrupted.
 
 import sys
 
+from orchestrator.cli import prune as prune
 from orchestrator.cli import sweeps as sweeps
 from orchestrator.cli.options import app as app
 

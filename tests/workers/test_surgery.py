@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, tiny_text_config, token_ids
+from tiny_multimodal import gemma3_multimodal, qwen2_audio
 from torch import nn
 
 from workers.cut_config import refuse_uncuttable
@@ -175,28 +176,6 @@ def test_adapter_goes_with_its_layers_and_comes_back():
             ]
         )
     assert_same(before, photograph(model))
-
-
-def gemma3_multimodal():
-    config = hf.Gemma3Config(
-        text_config=tiny_text_config("gemma3").to_dict(),
-        vision_config={
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6,
-            "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-        },
-    )  # fmt: skip
-    return hf.Gemma3ForConditionalGeneration(config).eval()
-
-
-def qwen2_audio():
-    config = hf.Qwen2AudioConfig(
-        text_config=tiny_text_config("qwen2").to_dict(),
-        audio_config={
-            "d_model": 16, "encoder_layers": 6, "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16, "num_mel_bins": 8, "max_source_positions": 20,
-        },
-    )  # fmt: skip
-    return hf.Qwen2AudioForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("build", [gemma3_multimodal, qwen2_audio])
