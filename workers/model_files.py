@@ -48,8 +48,6 @@ class ModelFiles:
     """A model on this machine."""
 
     folder: Path
-    reference: str
-    """As the user named it."""
     commit: str | None = None
     """Of the hub repository; None for a folder."""
 
@@ -64,7 +62,7 @@ def fetch(
     """
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        return ModelFiles(folder, reference)
+        return ModelFiles(folder)
     unread = [*_PICKLED, *_OTHER_WEIGHTS]
     if not trust_remote_code:
         unread.append("*.py")
@@ -91,7 +89,7 @@ def fetch(
             reference,
             "check the name; `layersweep doctor` tests hub access",
         ) from None
-    return ModelFiles(place, reference, place.name)
+    return ModelFiles(place, place.name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -100,6 +98,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InvalidInput: there are none, some are missing, or the index is damaged.
     """
+    # Where there are both, transformers reads the one file and not the index.
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         names = sorted(set(_weight_map(folder / INDEX).values()))
         for name in names:
@@ -110,8 +111,6 @@ def weight_files(folder: Path) -> list[Path]:
                     "copy or download the model again",
                 )
         return [folder / name for name in names]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     others = sorted(
         path.name
         for path in folder.iterdir()
@@ -235,6 +234,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise InvalidInput(
             f"reading or writing failed: {error}", str(out), "nothing was written; try again"
         ) from error
+    except InvalidInput as error:
+        shutil.rmtree(place, ignore_errors=True)
+        # The place the user knows.
+        problem, where = (t.replace(str(place), str(out)) for t in (error.problem, error.where))
+        raise InvalidInput(problem, where, error.remedy) from error
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise

@@ -37,6 +37,7 @@ from workers.model_files import (
     fetch,
     new_folder,
     read_json,
+    refuse_in_use,
     refuse_quantised,
     weight_files,
     write_json,
@@ -143,6 +144,7 @@ def prune(
         raise InvalidInput(f"{settings.check!r} is no check", "--check", "use stored or full")
     if not removed:
         raise InvalidInput("no layer is named", "--layers", "name at least one")
+    refuse_in_use(out)
     trust = settings.trust_remote_code
     kind = model_kind(reference, settings.revision)
     files = fetch(reference, settings.revision, trust_remote_code=trust)

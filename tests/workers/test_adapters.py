@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers as hf
+from model_folders import logits, skipping
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -15,8 +16,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
-from test_surgery import skipping
-from tiny_decoders import tiny_lm, token_ids
+from tiny_decoders import tiny_lm
 from tiny_speechllm import tiny_tokenizer
 
 from workers.errors import InvalidInput
@@ -71,11 +71,6 @@ def adapted(base, folder, config):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=token_ids()).logits
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

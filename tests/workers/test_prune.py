@@ -1,42 +1,27 @@
 """What `prune` writes opens without us, is the model with those layers skipped, and is all there."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import transformers as hf
+from model_folders import logits, saved, skipping, tensors
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_surgery import skipping
+from safetensors.torch import save_file
 from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, token_ids
 from tiny_multimodal import RELEASED, gemma3_multimodal
-from tiny_speechllm import shake, tiny_speechllm, tiny_tokenizer
+from tiny_speechllm import shake, tiny_speechllm
 
-from workers import model_files
-from workers.config import ProjectorConfig
 from workers.decoder_parts import decoder_layers
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
 from workers.provenance import original_layers, read_provenance
 from workers.prune import PruneSettings, prune
-from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
+from workers.speechllm import SpeechLLM, open_tokenizer
 from workers.surgery import pruned
 
 STREAMED = PruneSettings(streamed=True)
 IN_MEMORY = PruneSettings(streamed=False)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=token_ids()).logits
-
-
-def saved(model, folder, shards="40KB"):
-    """As people have them: several weight files, a tokenizer beside them."""
-    model.save_pretrained(folder, max_shard_size=shards)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def without_dtypes(config: dict) -> dict:
@@ -45,10 +30,6 @@ def without_dtypes(config: dict) -> dict:
         for key, value in config.items()
         if key != "dtype"
     }
-
-
-def tensors(folder) -> dict[str, torch.Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def assert_same_folder(one, other) -> None:
@@ -123,6 +104,40 @@ def test_both_checks_run_either_way(streamed, tmp_path):
     ]
     assert "names and shapes are what the configuration asks for" in lists["stored"]
     assert any("byte for byte" in line for line in lists["stored"]) is streamed
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return saved(tiny_lm("llama"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("settings", [STREAMED, IN_MEMORY])
+def test_alternating_sparse_layers_keep_their_kind(settings, tmp_path):
+    config = hf.Qwen3MoeConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2,
+    )  # fmt: skip
+    model = built(config)
+    saved(model, tmp_path / "model")
+    prune(str(tmp_path / "model"), [0, 3], tmp_path / "cut", settings)
+    opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert opened.config.mlp_only_layers == [1, 2]
+    torch.testing.assert_close(logits(opened), skipping(model, [0, 3]), atol=1e-5, rtol=1e-5)
+
+
+def test_old_checkpoints_with_buffers_in_their_files_are_streamed(llama, tmp_path):
+    """Releases of 2023 have the rotary frequencies of every layer in their files."""
+    weights = tensors(llama)
+    for file in llama.glob("*.safetensors*"):
+        file.unlink()
+    for i in range(LAYERS):
+        weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    prune(str(llama), [0, 4], tmp_path / "cut", STREAMED)
+    opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    expected = skipping(tiny_lm("llama"), [0, 4])
+    torch.testing.assert_close(logits(opened), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- multimodal models ---------------------------------------------------------------------
@@ -301,164 +316,3 @@ def test_a_hub_repository_is_read_from_the_cache_and_its_commit_noted(tmp_path, 
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut").config.num_hidden_layers == 5
     with pytest.raises(InvalidInput, match="hub cannot be asked"):
         prune("org/other", [1], tmp_path / "no")
-
-
-# --- refusals ------------------------------------------------------------------------------
-
-
-def refuse(source, match, layers=(1,), settings=None, out=None):
-    """The reason is given, and nothing is left behind, not even a temporary folder."""
-    out = out or source.parent / "out"
-    with pytest.raises(InvalidInput, match=match) as caught:
-        prune(str(source), list(layers), out, settings)
-    assert not out.exists()
-    assert not list(source.parent.glob(".out*"))
-    return caught.value
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return saved(tiny_lm("llama"), tmp_path / "model")
-
-
-@pytest.mark.parametrize("settings", [STREAMED, IN_MEMORY])
-def test_impossible_layers(llama, settings):
-    refuse(llama, "layer 6 does not exist: the decoder has 6 layers", [5, 6], settings)
-    refuse(llama, "all 6 layers would be removed", range(6), settings)
-    refuse(llama, "named twice", [2, 2], settings)
-    refuse(llama, "no layer is named", [], settings)
-
-
-def test_a_folder_in_use_stays_as_it_was(llama, tmp_path):
-    out = tmp_path / "used"
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    with pytest.raises(InvalidInput, match="not empty"):
-        prune(str(llama), [1], out)
-    assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    with pytest.raises(InvalidInput, match="not empty"):
-        prune(str(llama), [1], llama)
-
-
-def test_no_such_model(tmp_path):
-    with pytest.raises(InvalidInput, match="no folder"):
-        prune(str(tmp_path / "nowhere"), [1], tmp_path / "out")
-    (tmp_path / "bare").mkdir()
-    refuse(tmp_path / "bare", "no model in it")
-
-
-@pytest.mark.parametrize("settings", [STREAMED, IN_MEMORY])
-def test_damaged_weights(llama, settings):
-    file = llama / "model-00002-of-00006.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
-    assert str(file) in str(refuse(llama, "no valid safetensors file", settings=settings))
-    file.write_bytes(whole)
-    file.rename(llama / "elsewhere")
-    refuse(llama, "the index names model-00002-of-00006.safetensors, which is not there")
-    (llama / "elsewhere").rename(file)
-    weights = load_file(file)
-    lost = sorted(weights)[0]
-    del weights[lost]
-    save_file(weights, file, metadata={"format": "pt"})
-    refuse(llama, f"1 weights are missing, such as {lost}", settings=settings)
-
-
-def test_damaged_settings(llama):
-    (llama / "config.json").write_text("{")
-    assert "config.json" in str(refuse(llama, "cannot be read"))
-
-
-def test_pickled_weights_are_not_read(llama):
-    for file in llama.glob("*.safetensors*"):
-        file.unlink()
-    (llama / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    refuse(llama, r"no weights in safetensors; it holds pytorch_model.bin, which is not read")
-
-
-@pytest.mark.parametrize("settings", [STREAMED, IN_MEMORY])
-def test_quantised_weights_are_refused_with_the_reason(llama, settings):
-    config = json.loads((llama / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (llama / "config.json").write_text(json.dumps(config))
-    error = refuse(llama, r"quantised \(gptq\)", settings=settings)
-    assert "prune the unquantised model" in error.remedy
-
-
-@pytest.mark.parametrize("settings", [STREAMED, IN_MEMORY])
-def test_entangled_layers_are_refused_with_the_reason(settings, tmp_path):
-    shape = {
-        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    nano = hf.Gemma3nTextConfig(
-        **shape, head_dim=8, vocab_size_per_layer_input=40, hidden_size_per_layer_input=4,
-        laurel_rank=4, num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * 6,
-        layer_types=["sliding_attention", "full_attention"] * 3,
-    )  # fmt: skip
-    saved(built(nano), tmp_path / "nano")
-    message = "Gemma3n.* cannot be cut: every layer has an input of its own"
-    refuse(tmp_path / "nano", message, settings=settings)
-    sharing = saved(tiny_lm("llama"), tmp_path / "sharing") / "config.json"
-    sharing.write_text(json.dumps({**json.loads(sharing.read_text()), "num_kv_shared_layers": 2}))
-    refuse(tmp_path / "sharing", "share the keys and values of an earlier", settings=settings)
-    saved(built(hf.DiffLlamaConfig(**shape)), tmp_path / "diff")
-    refuse(tmp_path / "diff", r"layer 2 would become layer 1.*lambda_init", settings=settings)
-
-
-@pytest.mark.parametrize("settings", [STREAMED, IN_MEMORY])
-def test_alternating_sparse_layers_keep_their_kind(settings, tmp_path):
-    config = hf.Qwen3MoeConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2,
-    )  # fmt: skip
-    model = built(config)
-    saved(model, tmp_path / "model")
-    prune(str(tmp_path / "model"), [0, 3], tmp_path / "cut", settings)
-    opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-    assert opened.config.mlp_only_layers == [1, 2]
-    torch.testing.assert_close(logits(opened), skipping(model, [0, 3]), atol=1e-5, rtol=1e-5)
-
-
-def test_layers_that_files_do_not_show_are_cut_in_memory(llama, tmp_path):
-    """Weights beyond the last layer (some releases keep extra prediction layers there)."""
-    weights = tensors(llama)
-    for file in llama.glob("*.safetensors*"):
-        file.unlink()
-    weights["model.layers.6.extra.weight"] = torch.ones(3)
-    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
-    refuse(llama, "0 lists of tensors in the files could be", settings=STREAMED)
-    report = prune(str(llama), [1], tmp_path / "cut")
-    assert not report.streamed
-    assert "0 lists of tensors" in report.in_memory_because
-    assert "model.layers.5.input_layernorm.weight" not in tensors(tmp_path / "cut")
-
-
-def test_a_failed_check_leaves_nothing(llama, monkeypatch):
-    """A disk that changes a byte on its way."""
-    copy = model_files.copy_companions
-
-    def spoiling(source, out, **options):
-        file = next(out.glob("model-*"))
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content)
-        return copy(source, out, **options)
-
-    monkeypatch.setattr("workers.prune.copy_companions", spoiling)
-    refuse(llama, "logits differ", settings=PruneSettings(check="full"))
-
-
-def test_a_full_disk_is_noticed_before_writing(llama, monkeypatch):
-    usage = shutil.disk_usage(llama)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    refuse(llama, "are free")
-
-
-def test_half_a_speechllm_is_refused(tmp_path):
-    model = tiny_speechllm(projector=ProjectorConfig(stack=2, hidden=16))
-    (tmp_path / "model").mkdir()
-    model.save_trained(tmp_path / "model")
-    assert SpeechLLMConfig.read(tmp_path / "model")
-    refuse(tmp_path / "model", "there is no decoder in this folder")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from model_folders import logits, skipping
 from peft import LoraConfig, get_peft_model
 from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, tiny_text_config, token_ids
 from tiny_multimodal import gemma3_multimodal, qwen2_audio
@@ -17,28 +18,6 @@ from workers.gate import reload_gate, save_pruned
 from workers.surgery import pruned, remove_layers
 
 CUTS = {"first": [0, 1], "middle": [2, 3], "last": [4, 5], "scattered": [5, 0, 3]}
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
-
-
-def skipping(model, layers) -> torch.Tensor:
-    """Logits with layers made the identity, the model otherwise untouched."""
-
-    def skip(module, args, kwargs, output):
-        del module, output
-        return args[0] if args else kwargs["hidden_states"]
-
-    handles = [
-        decoder_layers(model)[i].register_forward_hook(skip, with_kwargs=True) for i in layers
-    ]
-    try:
-        return logits(model)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def photograph(model) -> dict:
