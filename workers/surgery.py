@@ -20,9 +20,11 @@ from workers.cut_config import (
     refuse_uncuttable,
 )
 from workers.decoder_parts import DecoderParts as DecoderParts
-from workers.decoder_parts import count_parameters, unique_parameters
+from workers.decoder_parts import count_parameters
+from workers.decoder_parts import decoder_layers as decoder_layers
 from workers.decoder_parts import decoder_parts as decoder_parts
 from workers.decoder_parts import evaluating as evaluating
+from workers.decoder_parts import unique_parameters as unique_parameters
 from workers.errors import InvalidInput
 
 

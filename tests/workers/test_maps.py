@@ -12,9 +12,9 @@ from tiny_decoders import FAMILIES, tiny_lm
 from torch import nn
 
 from workers.config import POOLS
-from workers.decoder_parts import decoder_layers, decoder_parts
 from workers.errors import InvalidInput, NotFinite
 from workers.maps import MapBatch, RedundancyMap, blocks_of, redundancy_map
+from workers.surgery import decoder_layers, decoder_parts
 
 LENGTHS = (9, 4, 12, 6, 7)
 DEPTH = 4

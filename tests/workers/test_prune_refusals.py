@@ -163,3 +163,17 @@ def test_half_a_speechllm_is_refused(tmp_path):
     model.save_trained(tmp_path / "model")
     assert SpeechLLMConfig.read(tmp_path / "model")
     refuse(tmp_path / "model", "there is no decoder in this folder")
+
+
+def test_an_interruption_leaves_nothing(llama, tmp_path):
+    """Ctrl-C while bytes are copied."""
+    out = tmp_path / "out"
+
+    def interrupt(*step):
+        if step[1]:
+            assert list(tmp_path.glob(".out*"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(llama), [1], out, step=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
