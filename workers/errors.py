@@ -22,3 +22,8 @@ class InvalidInput(Exception):
 
 class NotFinite(InvalidInput):
     """A loss, a distance or a weight became NaN or infinite; names the step, layer or sample."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -4,18 +4,20 @@ Four kinds: a plain causal LM, a peft adapter on one, a Layersweep SpeechLLM, an
 transformers itself supports.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from workers.errors import InvalidInput
+from workers.errors import InvalidInput, first_line
 from workers.speechllm import SpeechLLM, open_tokenizer
 
 ModelKind = Literal["causal-lm", "adapter", "speechllm", "released"]
@@ -47,12 +49,23 @@ def model_kind(reference: str, revision: str | None = None) -> ModelKind:
     """
     for name, kind in DESCRIPTIONS.items():
         if _file(reference, name, revision) is not None:
-            return kind
+            config = None if kind == "speechllm" else _file(reference, "config.json", revision)
+            return "released" if config and is_released(_json(config)) else kind
     raise InvalidInput(
         f"no model in it: there is none of {', '.join(DESCRIPTIONS)}",
         reference,
         "name a folder that from_pretrained can open, or a hub id",
     )
+
+
+def is_released(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` describes a SpeechLLM that transformers itself supports."""
+    hears = any(
+        isinstance(config.get(name), dict)
+        for name in ("audio_config", "encoder_config", "speech_config")
+    )
+    known = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return hears and isinstance(config.get("text_config"), dict) and not known
 
 
 def open_model(
@@ -101,8 +114,7 @@ def open_model(
             decoder = _causal_lm(reference, dtype, options)
             tokenizer = open_tokenizer(reference, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InvalidInput(f"the model cannot be opened: {first}", reference) from error
+        raise InvalidInput(f"the model cannot be opened: {first_line(error)}", reference) from error
     decoder.to(device).eval().requires_grad_(False)
     return OpenedModel(kind, decoder, tokenizer)
 
@@ -124,7 +136,7 @@ def _causal_lm(reference: str, dtype: str | torch.dtype, options: dict[str, Any]
 def _check_adapter_layers(reference: str, revision: str | None, decoder: Any) -> None:
     from safetensors import safe_open
 
-    from workers.surgery import decoder_parts
+    from workers.decoder_parts import decoder_parts
 
     file = _file(reference, "adapter_model.safetensors", revision)
     if file is None:
@@ -149,6 +161,14 @@ def _check_adapter_layers(reference: str, revision: str | None, decoder: Any) ->
         )
 
 
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot be read: {error}", str(file), "copy it again") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _file(reference: str, name: str, revision: str | None) -> Path | None:
     """A file of a folder or a hub repository; None if there is no such file."""
     folder = Path(reference).expanduser()
@@ -160,12 +180,26 @@ def _file(reference: str, name: str, revision: str | None) -> Path | None:
         )
     try:
         return Path(hf_hub_download(reference, name, revision=revision))
-    except EntryNotFoundError:
-        return None
+    except EntryNotFoundError as error:
+        # Without a connection this is also said of a repository that was never fetched.
+        if not isinstance(error, LocalEntryNotFoundError) or _is_cached(reference, revision):
+            return None
+        raise _unreachable(reference, error) from None
     except Exception as error:  # noqa: BLE001 - the client raises its transport's own types
-        first = str(error).strip().partition("\n")[0]
-        raise InvalidInput(
-            f"no folder of that name, and the hub cannot be asked: {first}",
-            reference,
-            "check the name; `layersweep doctor` tests hub access",
-        ) from None
+        raise _unreachable(reference, error) from None
+
+
+def _is_cached(reference: str, revision: str | None) -> bool:
+    try:
+        snapshot_download(reference, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
+def _unreachable(reference: str, error: Exception) -> InvalidInput:
+    return InvalidInput(
+        f"no folder of that name, and the hub cannot be asked: {first_line(error)}",
+        reference,
+        "check the name; `layersweep doctor` tests hub access",
+    )

@@ -28,11 +28,11 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from workers.config import LoraSettings, ProjectorConfig, PromptSettings, Settings
+from workers.decoder_parts import decoder_layers
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
 from workers.lora import lora_config
 from workers.projectors import Projector, build_projector
-from workers.surgery import decoder_layers
 
 Part = Literal["projector", "decoder"]
 FORMAT = 1

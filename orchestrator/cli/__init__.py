@@ -9,6 +9,7 @@ import sys
 from orchestrator.cli import sweeps as sweeps  # isort: skip - the order of the help
 from orchestrator.cli import compare as compare
 from orchestrator.cli import maps as maps
+from orchestrator.cli import prune as prune
 from orchestrator.cli.options import app as app
 
 

@@ -1,52 +1,23 @@
 """Cut decoders are the model with those layers skipped, in memory, on disk and after undoing."""
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
 import transformers as hf
+from model_folders import logits, skipping
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, tiny_text_config, token_ids
+from tiny_multimodal import gemma3_multimodal, qwen2_audio
 from torch import nn
 
+from workers.cut_config import refuse_uncuttable
+from workers.decoder_parts import decoder_layers, decoder_parts, unique_parameters
 from workers.errors import InvalidInput
-from workers.surgery import (
-    decoder_layers,
-    decoder_parts,
-    pruned,
-    refuse_uncuttable,
-    reload_gate,
-    remove_layers,
-    save_pruned,
-    unique_parameters,
-)
+from workers.gate import reload_gate, save_pruned
+from workers.surgery import pruned, remove_layers
 
 CUTS = {"first": [0, 1], "middle": [2, 3], "last": [4, 5], "scattered": [5, 0, 3]}
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
-
-
-def skipping(model, layers) -> torch.Tensor:
-    """Logits with layers made the identity, the model otherwise untouched."""
-
-    def skip(module, args, kwargs, output):
-        del module, output
-        return args[0] if args else kwargs["hidden_states"]
-
-    handles = [
-        decoder_layers(model)[i].register_forward_hook(skip, with_kwargs=True) for i in layers
-    ]
-    try:
-        return logits(model)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def photograph(model) -> dict:
@@ -186,28 +157,6 @@ def test_adapter_goes_with_its_layers_and_comes_back():
     assert_same(before, photograph(model))
 
 
-def gemma3_multimodal():
-    config = hf.Gemma3Config(
-        text_config=tiny_text_config("gemma3").to_dict(),
-        vision_config={
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6,
-            "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-        },
-    )  # fmt: skip
-    return hf.Gemma3ForConditionalGeneration(config).eval()
-
-
-def qwen2_audio():
-    config = hf.Qwen2AudioConfig(
-        text_config=tiny_text_config("qwen2").to_dict(),
-        audio_config={
-            "d_model": 16, "encoder_layers": 6, "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16, "num_mel_bins": 8, "max_source_positions": 20,
-        },
-    )  # fmt: skip
-    return hf.Qwen2AudioForConditionalGeneration(config).eval()
-
-
 @pytest.mark.parametrize("build", [gemma3_multimodal, qwen2_audio])
 def test_decoder_inside_a_multimodal_model(build, tmp_path):
     model = build()
@@ -284,59 +233,3 @@ def test_what_only_the_position_decides_is_refused():
 def test_not_a_decoder():
     with pytest.raises(InvalidInput, match="num_hidden_layers"):
         decoder_layers(nn.Linear(2, 2))
-
-
-class TestGate:
-    @pytest.fixture
-    def saved(self, tmp_path):
-        model = tiny_lm("llama")
-        remove_layers(model, [2])
-        save_pruned(model, None, tmp_path / "cut")
-        return model, tmp_path / "cut"
-
-    def refuse(self, saved, match, model=None):
-        with pytest.raises(InvalidInput, match=match) as caught:
-            reload_gate(model or saved[0], saved[1], {"input_ids": token_ids()})
-        return caught.value
-
-    def test_padded_batches_pass(self, saved):
-        mask = torch.ones(2, 9, dtype=torch.long)
-        mask[0, :3] = 0
-        reload_gate(*saved, {"input_ids": token_ids(), "attention_mask": mask})
-
-    def test_layers_added_by_a_stale_count(self, saved):
-        self.edit_config(saved[1], num_hidden_layers=LAYERS)
-        assert str(saved[1]) in str(self.refuse(saved, "missing keys: model.layers.5"))
-
-    def test_layers_left_over(self, saved):
-        self.edit_config(saved[1], num_hidden_layers=4)
-        self.refuse(saved, "unexpected keys: model.layers.4")
-
-    def test_changed_weights(self, saved):
-        file = saved[1] / "model.safetensors"
-        weights = load_file(file)
-        weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
-        save_file(weights, file, metadata={"format": "pt"})
-        self.refuse(saved, "logits differ by up to")
-
-    def test_stale_layer_numbers(self, saved):
-        for index, layer in enumerate(decoder_layers(saved[0])):
-            layer.self_attn.layer_idx = max(index - 1, 0)
-        self.refuse(saved, "model in memory decodes differently with the cache")
-
-    def test_layer_numbers_beyond_the_cache(self, saved):
-        decoder_layers(saved[0])[4].self_attn.layer_idx = 7
-        assert str(saved[1]) in str(self.refuse(saved, "decoding with the cache fails"))
-
-    def test_not_a_model(self, saved):
-        shutil.rmtree(saved[1])
-        self.refuse(saved, "does not open")
-
-    def test_a_folder_in_use_is_not_overwritten(self, saved):
-        with pytest.raises(InvalidInput, match="not empty"):
-            save_pruned(*[saved[0], None, saved[1]])
-
-    @staticmethod
-    def edit_config(folder, **changes):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -73,11 +73,16 @@ def tiny_config(**changes) -> SpeechLLMConfig:
 
 
 def tiny_speechllm(
-    family: str = "llama", layers: int = 3, *, bos: bool = True, seed: int = 0, **changes
+    family: str = "llama",
+    layers: int = 3,
+    *,
+    bos: bool = True,
+    seed: int = 0,
+    decoder: dict | None = None,
+    **changes,
 ) -> SpeechLLM:
-    return SpeechLLM.create(
-        tiny_decoder(family, layers, seed), tiny_tokenizer(bos=bos), tiny_config(**changes), seed
-    )
+    plain = tiny_decoder(family, layers, seed, **(decoder or {}))
+    return SpeechLLM.create(plain, tiny_tokenizer(bos=bos), tiny_config(**changes), seed)
 
 
 def shake(model: SpeechLLM, seed: int = 1, size: float = 0.1) -> None:
