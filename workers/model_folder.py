@@ -4,6 +4,8 @@ Four kinds: a plain causal LM, a peft adapter on one, a Layersweep SpeechLLM, an
 transformers itself supports.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,10 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.config import Condition
 from workers.errors import InvalidInput
+from workers.released import is_released
+from workers.released.model import open_released
 from workers.speechllm import SpeechLLM, open_tokenizer
 
 ModelKind = Literal["causal-lm", "adapter", "speechllm", "released"]
@@ -45,9 +50,14 @@ def model_kind(reference: str, revision: str | None = None) -> ModelKind:
     Raises:
         InvalidInput: no such folder, nothing in it that can be opened, or the hub cannot be asked.
     """
+    config = _file(reference, "config.json", revision)
     for name, kind in DESCRIPTIONS.items():
-        if _file(reference, name, revision) is not None:
-            return kind
+        if _file(reference, name, revision) is None:
+            continue
+        # A released SpeechLLM may bring an adapter of its own.
+        if kind != "speechllm" and config and is_released(_content(config)):
+            return "released"
+        return kind
     raise InvalidInput(
         f"no model in it: there is none of {', '.join(DESCRIPTIONS)}",
         reference,
@@ -62,6 +72,7 @@ def open_model(
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    conditions: Sequence[Condition] = (),
 ) -> OpenedModel:
     """Open whatever `reference` names.
 
@@ -71,6 +82,7 @@ def open_model(
         dtype: of the decoder; `auto`: as stored.
         device: where it goes.
         trust_remote_code: let the repository's own code run.
+        conditions: what a released SpeechLLM will be asked to do, for its prompts.
 
     Raises:
         InvalidInput: nothing there, or it cannot be opened; says why.
@@ -79,6 +91,16 @@ def open_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if kind == "speechllm":
         model = SpeechLLM.from_pretrained(Path(reference), dtype=dtype, device=device)
+        return OpenedModel(kind, model.decoder, model.tokenizer, model)
+    if kind == "released":
+        released = open_released(
+            reference,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        model = released.speechllm(conditions)
         return OpenedModel(kind, model.decoder, model.tokenizer, model)
     try:
         if kind == "adapter":
@@ -147,6 +169,14 @@ def _check_adapter_layers(reference: str, revision: str | None, decoder: Any) ->
             reference,
             "use the model it was trained on, or prune the two together (layersweep prune)",
         )
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot be read: {error}", str(file), "repair the file") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _file(reference: str, name: str, revision: str | None) -> Path | None:

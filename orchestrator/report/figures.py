@@ -120,7 +120,7 @@ def map_figure(
     of_model = maps[maps["model"] == model]
     if of_model.empty:
         return None
-    conditions = expected_conditions(maps, results)
+    conditions = expected_conditions(maps, results, model)
     kinds = sorted(
         {(c.encoder, c.modality, c.adapted) for c in conditions},
         key=lambda k: (k[0] or "", k[1] != "text", k[2]),

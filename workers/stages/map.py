@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from workers.base import load_decoder, trained_speechllm, untrained_speechllm
+from workers.base import load_decoder, text_only_config, trained_speechllm, untrained_speechllm
 from workers.batches import Modality, collate, encode, sorted_batches
 from workers.config import Condition, MapSettings, PromptSettings
 from workers.data import read_utterances, spread
 from workers.examples import examples_of
 from workers.features import Features
 from workers.maps import MapBatch, redundancy_map
-from workers.speechllm import SpeechLLM, SpeechLLMConfig
+from workers.speechllm import SpeechLLM
 from workers.stages import Context, Input
 
 
@@ -45,10 +45,8 @@ def run(
         if "base" in inputs:
             model = stack.enter_context(trained_speechllm(Path(inputs["base"].path), resident))
         else:
-            # A fresh adapter changes nothing, and text never meets the projector.
-            config = SpeechLLMConfig(
-                encoder_dim=1, prompts=PromptSettings.model_validate(params["prompts"])
-            )
+            prompts = PromptSettings.model_validate(params["prompts"])
+            config = text_only_config(resident, prompts, [condition])
             model = stack.enter_context(untrained_speechllm(resident, config))
         encoded = encode(model, examples_of(utterances, condition, features), modality)
 
