@@ -369,6 +369,10 @@ class _Layout:
             params["own_adapter"] = False
         return params
 
+    def _prompts(self, decoder: Decoder) -> dict[str, Any]:
+        # A released SpeechLLM always uses its own chat template.
+        return self.sweep.prompts.model_dump(exclude={"chat"} if decoder.released else None)
+
     def _adopt(self, decoder: Decoder, entry: EncoderEntry, group: Sequence[Cell]) -> str:
         """A released SpeechLLM as it is: nothing is trained, so no data count."""
         inputs, sources = _ports(("decoder", decoder.node, decoder.source))
@@ -379,7 +383,7 @@ class _Layout:
                 kind="adopt",
                 params={
                     "decoder": self._decoder_params(decoder),
-                    "prompts": self.sweep.prompts.model_dump(),
+                    "prompts": self._prompts(decoder),
                     "lora": self.sweep.adapt.lora.model_dump(),
                     "seed": self.sweep.adapt.seed,
                     "conditions": [cell.condition.model_dump() for cell in group],
@@ -452,11 +456,11 @@ class _Layout:
                     "split": cell.dev.split,
                     "settings": settings,
                     # With a base, its prompts count, and they are part of its key.
-                    "prompts": None if base else self.sweep.prompts.model_dump(),
+                    "prompts": None if base else self._prompts(decoder),
                 },
                 inputs=inputs,
                 sources=sources,
-                base=_identity(decoder),
+                base=_identity(decoder, adapted=base is not None),
                 cell={
                     "model": decoder.entry.name,
                     "encoder": entry.name if entry else None,
@@ -653,11 +657,13 @@ def _who(decoder: Decoder, entry: EncoderEntry) -> str:
     return f"{decoder.entry.name}+{entry.name}"
 
 
-def _identity(decoder: Decoder) -> str:
+def _identity(decoder: Decoder, *, adapted: bool = True) -> str:
+    """What a process must hold; without a model's own adapter it is another base."""
     if decoder.node is not None:
         return f"{decoder.node}:{decoder.entry.dtype}"
     assert decoder.source is not None
-    return f"{decoder.source.fingerprint}:{decoder.entry.dtype}"
+    identity = f"{decoder.source.fingerprint}:{decoder.entry.dtype}"
+    return f"{identity}:plain" if decoder.own_adapter and not adapted else identity
 
 
 def _ports(

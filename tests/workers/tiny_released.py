@@ -178,8 +178,9 @@ def save(kind, config, folder: Path, *, eos, adapter: bool = False) -> None:
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # Projector and tower speak up: with weights of .02 all audio would sound alike.
-                if "language_model" not in name and "lm_head" not in name:
+                # Tower and projector speak up: with weights of .02 all audio would sound alike. The
+                # embedding of padding begins as zeros, and Granite's chats are full of that token.
+                if "embed_tokens" in name or not ("language_model" in name or "lm_head" in name):
                     parameter.add_(0.3 * torch.randn(parameter.shape))
         model.save_pretrained(str(folder))
         if adapter:
