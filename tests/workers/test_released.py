@@ -23,7 +23,7 @@ from workers.config import (
     MapSettings,
     PromptSettings,
 )
-from workers.decoding import greedy
+from workers.decoding import end_tokens, greedy
 from workers.encoder import SHORTEST
 from workers.errors import InvalidInput
 from workers.model_folder import model_kind, open_model
@@ -284,7 +284,7 @@ def test_the_shortest_audio_is_heard(folders, family):
 
 def test_log_mel_features_are_the_spectrogram_they_are_said_to_be():
     """Against the definition, summed up in float64: HTK triangles on the power of a Hann window."""
-    waveform = voice(0.3).astype(np.float64)
+    waveform = np.concatenate([voice(0.2), np.zeros(1600)])  # silence meets the floor
     found = LogMelExtractor(n_mels=8)(waveform.astype(np.float32))
     padded = np.pad(waveform, 256, mode="reflect")
     window = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400), 56)
@@ -323,6 +323,11 @@ def test_an_answer_ends_as_a_turn_does(folders):
     model = (released := opened(folders("qwen2-audio"))).speechllm([ASR])
     item = encode(model, examples(released.encoder))[0]
     assert model.tokenizer.decode([item.next_ids[-1]]) == "<|im_end|>"
+
+
+def test_answers_end_where_the_models_generation_settings_say(folders):
+    model = opened(folders("qwen2-audio")).speechllm([ASR])
+    assert end_tokens(model) == {0, 2}
 
 
 def test_a_condition_without_a_prompt_is_named(folders):

@@ -65,7 +65,7 @@ def qwen2_audio(folder: Path, **changes) -> None:
     tokenizer = tiny_tokenizer(special, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     config = hf.Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", **TOWER},
-        text_config=text_config("qwen2", tokenizer, eos=[0, 2]),
+        text_config=text_config("qwen2", tokenizer, eos=None),
         audio_token_index=3,
         **changes,
     )
