@@ -1,5 +1,6 @@
 """Released SpeechLLMs: what we make of their parts hears and answers as they do themselves."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -270,6 +271,24 @@ def test_audio_that_a_processor_would_cut_off_is_refused(folders):
     assert len(chunked.encode([voice(2.5)])[0]) > len(chunked.encode([voice(2.0)])[0])
 
 
+@pytest.mark.parametrize(
+    "change", [lambda found: 2 * found, lambda found: found + 1], ids=["scaled", "shifted"]
+)
+def test_a_model_that_does_more_to_its_audio_is_refused(folders, change):
+    encoder = opened(folders("granite-speech")).encoder
+    joint, as_it_is = encoder.parts.joint, encoder.parts.joint.get_audio_features
+
+    @functools.wraps(as_it_is)
+    def more(**inputs):
+        found = as_it_is(**inputs)
+        found.pooler_output = change(found.pooler_output)
+        return found
+
+    joint.get_audio_features = more
+    with pytest.raises(InvalidInput, match="does more than put its projector's output"):
+        encoder.encode([CLIPS["a"]])
+
+
 @pytest.mark.parametrize("waveform", [np.zeros(0, np.float32), np.zeros((2, 8), np.float32)])
 def test_what_is_no_waveform_is_refused(folders, waveform):
     encoder = opened(folders("qwen2-audio")).encoder
@@ -372,9 +391,10 @@ def test_a_whole_model_is_saved_and_opened_again(folders, family, tmp_path):
     assert on_disk < 1.5 * tower + 10_000, "the encoder's folder holds no language model"
 
 
-def test_an_encoders_folder_that_is_damaged_is_refused(folders, tmp_path):
+@pytest.mark.parametrize("file", ["encoder.safetensors", "config.json", "tokenizer.json"])
+def test_an_encoders_folder_that_is_damaged_is_refused(folders, tmp_path, file):
     opened(folders("qwen2-audio")).encoder.save_pretrained(tmp_path)
-    next(tmp_path.glob("*.safetensors")).write_bytes(b"")
+    (tmp_path / file).unlink()
     with pytest.raises(InvalidInput, match="encoder cannot be read"):
         OwnEncoder.from_pretrained(tmp_path)
 

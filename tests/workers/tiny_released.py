@@ -146,6 +146,34 @@ def glmasr(folder: Path) -> None:
            {"model_type": "glmasr_encoder", **tower}, audio="<|pad|>")  # fmt: skip
 
 
+def qwen3_asr(folder: Path) -> None:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_pad|>", "<|audio_start|>",
+               "<|audio_end|>", "<asr_text>"]  # fmt: skip
+    named = {
+        "audio_token": special[3],
+        "audio_bos_token": special[4],
+        "audio_eos_token": special[5],
+    }
+    tokenizer = tiny_tokenizer(
+        special, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=named
+    )
+    tower = {
+        "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24,
+        "num_mel_bins": 8, "downsample_hidden_size": 4, "output_dim": 32,
+    }  # fmt: skip
+    config = hf.Qwen3ASRConfig(
+        audio_config={"model_type": "qwen3_asr_encoder", **tower},
+        text_config={**text_config("qwen3", tokenizer, eos=2), "head_dim": 8},
+        audio_token_id=3,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    save(hf.Qwen3ASRForConditionalGeneration, config, folder, eos=2)
+    template = TAGS_TEMPLATE.replace("AUDIO", "<|audio_start|><|audio_pad|><|audio_end|>")
+    extractor = hf.Qwen3ASRFeatureExtractor(feature_size=8)
+    hf.Qwen3ASRProcessor(extractor, tokenizer, chat_template=template).save_pretrained(folder)
+
+
 def tagged(folder, model, config, processor, tower, *, audio="<sound>") -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", audio]
     tokenizer = tiny_tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -198,6 +226,7 @@ FAMILIES = {
     "granite-speech-lora": granite_speech_with_adapter,
     "audioflamingo3": audioflamingo3,
     "glmasr": glmasr,
+    "qwen3-asr": qwen3_asr,
 }
 
 

@@ -97,18 +97,18 @@ class OwnEncoder:
         """
         try:
             content = described(AutoConfig.from_pretrained(folder, local_files_only=True))
-            state = load_file(folder / _WEIGHTS)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            model = skeleton(content)
+            parts = released_parts(model)
+            # Built anew off the meta device: buffers that no file holds have their values then.
+            tower = type(parts.tower)(parts.tower.config)
+            tower.load_state_dict(load_file(folder / _WEIGHTS), assign=True)
+            processor = open_processor(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InvalidInput(
                 f"the encoder cannot be read: {str(error).partition(chr(10))[0]}",
                 str(folder),
                 "copy or save the model again",
             ) from error
-        model = skeleton(content)
-        parts = released_parts(model)
-        # Built anew off the meta device: buffers that no file holds have their values then.
-        tower = type(parts.tower)(parts.tower.config)
-        tower.load_state_dict(state, assign=True)
         setattr(parts.joint, parts.tower_name, tower)
         projector = type(parts.projector)(configuration(content))
         setattr(parts.joint, parts.projector_name, projector)
@@ -116,7 +116,7 @@ class OwnEncoder:
         model.eval().requires_grad_(False)
         tower.to(device)
         projector.to(device=device, dtype=next(tower.parameters()).dtype)
-        return cls(model, open_processor(str(folder), local_files_only=True))
+        return cls(model, processor)
 
     def _encode(self, waveform: np.ndarray, name: str) -> Tensor:
         if waveform.ndim != 1 or len(waveform) == 0:
@@ -161,14 +161,14 @@ class OwnEncoder:
             hook.remove()
         rows = _numbers(placed)
         if rows is None or len(seen) != 1:
-            raise self._unlike("does more with its projector than put what it gives in the audio's")
+            raise self._unlike("does more than put its projector's output in the audio's place")
         read, shape = seen[0]
         if shape[:-1] == read.shape[:-1]:
             return read.flatten(0, -2)[rows], rows
         alone = read.numel() == read.shape[-2] * read.shape[-1]
         whole = torch.equal(rows, torch.arange(len(rows), device=rows.device))
         if not alone or not whole or len(rows) != shape[-2]:
-            raise self._unlike("splits an utterance over several runs of its windowed projector in")
+            raise self._unlike("leaves out part of what its windowed projector gives")
         return read.reshape(read.shape[-2:]), rows
 
     def _inputs(self, waveform: np.ndarray) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class OwnEncoder:
 
     def _unlike(self, deed: str) -> InvalidInput:
         return InvalidInput(
-            f"{type(self.model).__name__} {deed} place", "speechllm", "name another model"
+            f"{type(self.model).__name__} {deed}", "speechllm", "name another model"
         )
 
 
