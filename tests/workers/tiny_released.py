@@ -1,6 +1,7 @@
 """Small released SpeechLLMs with random weights, as real folders with real processors."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,10 @@ import transformers as hf
 from peft import LoraConfig
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from workers.config import Condition
+from workers.released.parts import released_class
+from workers.released.processor import open_processor
 
 LAYERS = 4
 RATE = 16000
@@ -237,3 +242,46 @@ def voice(seconds: float, seed: int = 0) -> np.ndarray:
     pitch = 120 + 60 * np.sin(2 * np.pi * (0.7 + 0.1 * seed) * t)
     tone = np.sin(2 * np.pi * np.cumsum(pitch) / RATE) * np.sin(2 * np.pi * 2.3 * t)
     return (0.3 * tone + 0.02 * rng.normal(size=len(t))).astype(np.float32)
+
+
+ASR = Condition(task="asr", source_language="en")
+CLIPS = {"a": voice(0.6), "b": voice(1.73, 1), "c": voice(0.94, 2)}
+TEXTS = {"a": "the red house", "b": "a dog", "c": "it sleeps"}
+
+
+def made_when_asked_for(tmp_path_factory) -> Callable[[str], Path]:
+    """One folder a family, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            FAMILIES[family](made[family])
+        return made[family]
+
+    return folder
+
+
+def original(folder):
+    """The model and its processor, as a user of transformers has them."""
+    config = hf.AutoConfig.from_pretrained(folder)
+    model = released_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+    return model, open_processor(str(folder))
+
+
+def original_inputs(processor, prompt, waveform, answer=()):
+    """What the processor gives for a prompt (with `{audio}` in it) and a waveform."""
+    text = prompt.replace("{audio}", processor.audio_token)
+    if hasattr(processor, "_retrieve_input_features"):  # Voxtral: chunks of 30 s, 375 tokens each
+        settings = dict(processor.audio_kwargs)
+        positions = settings.pop("max_source_positions")
+        features = processor._retrieve_input_features([waveform], positions, **settings)
+        text = text.replace(processor.audio_token, processor.audio_token * 375 * len(features))
+        ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        inputs = {**ids, "input_features": features}
+    else:
+        inputs = dict(processor(text=[text], audio=[waveform], return_tensors="pt"))
+    answer = torch.tensor([list(answer)], dtype=torch.long)
+    inputs["input_ids"] = torch.cat([torch.as_tensor(inputs["input_ids"]), answer], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
