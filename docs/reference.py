@@ -21,9 +21,9 @@ PAGE = Path(__file__).with_name("sweep-file.md")
 BEGIN, END = "<!-- reference: begin -->", "<!-- reference: end -->"
 
 MEANINGS = {
-    "models": "The decoders.",
-    "models[].dtype": "Type of the decoder's weights.",
-    "encoders": "The speech encoders, each with its projector.",
+    "models": "The decoders, and released SpeechLLMs.",
+    "models[].dtype": "Type of the decoder's weights (of all weights for `speechllm`).",
+    "encoders": "The speech encoders, each with its projector; needed by every `decoder`.",
     "encoders[].name": "What tables and reports call it; by default the last part of `encoder`.",
     "encoders[].revision": "Hub revision; null: the newest, pinned to its commit when planned.",
     "encoders[].dtype": "Type of the encoder's weights. Its outputs are stored as float16.",

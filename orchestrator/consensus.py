@@ -232,8 +232,9 @@ def consensus_table(
     - `block_start`, `regret_mean`, `regret_max`: the minimax block over the scope's conditions
       (see `shared_start`) and its regret in distance;
     - `conditions`: how many conditions took part; `coverage`: that number over those expected.
-      Expected are all encoders × (task, language) named anywhere in `maps` or `results`, for every
-      kind of map (modality, adapted) that any model has. A map that lacks a start at this depth
+      Expected are all the model's encoders × all (task, language), as `results` names them (without
+      it: all encoders in `maps`), for every kind of map (modality, adapted) that any model has. A
+      map that lacks a start at this depth
       counts as missing. A scope with no pair to expect has no row.
 
     Args:
@@ -245,14 +246,14 @@ def consensus_table(
         seed: of the permutation test.
     """
     grids = model_maps(maps, pool)
-    expected = expected_conditions(maps, results)
-    scopes = {scope: scope_pairs(scope, expected) for scope in SCOPES}
     nulls: dict[tuple[int, int, bytes], Floats] = {}
     rows: list[tuple[object, ...]] = []
     if results is not None:  # a model none of whose maps is there yet still has a row: a hole
         for model, layers in results.groupby("model")["layers"].max().dropna().items():
             grids.setdefault(str(model), ModelMaps(int(layers), {}, {}))
     for model, measured in sorted(grids.items()):
+        expected = expected_conditions(maps, results, model)
+        scopes = {scope: scope_pairs(scope, expected) for scope in SCOPES}
         for depth in sorted({d for d in depths if 1 <= d <= measured.layers}):
             known = {c: r for c in expected if (r := measured.row(c, depth)) is not None}
             for scope in SCOPES:
@@ -279,9 +280,16 @@ def consensus_table(
 
 
 def expected_conditions(
-    maps: pd.DataFrame, results: pd.DataFrame | None = None
+    maps: pd.DataFrame, results: pd.DataFrame | None = None, model: str | None = None
 ) -> list[MapCondition]:
-    """The full grid: every encoder × (task, languages), for each kind of map that any model has."""
+    """The full grid: every encoder × (task, languages), for each kind of map that any model has.
+
+    Args:
+        maps: the `maps` table.
+        results: the `results` table.
+        model: only encoders that `results` names beside this model: a released SpeechLLM has its
+            own, and no other.
+    """
     tables = [t for t in (maps, results) if t is not None and len(t)]
     names = ["task", "source_language", "target_language"]
     tasks: set[tuple[Any, ...]] = {
@@ -289,7 +297,10 @@ def expected_conditions(
         for table in tables
         for key in table[names].drop_duplicates().itertuples(index=False, name=None)
     }
-    encoders = sorted({str(e) for table in tables for e in table["encoder"].dropna().unique()})
+    named = [table["encoder"] for table in tables]
+    if results is not None and model in set(results["model"]):
+        named = [table.loc[table["model"] == model, "encoder"] for table in tables]
+    encoders = sorted({str(e) for column in named for e in column.dropna().unique()})
     kinds = {
         (modality, bool(adapted), not pd.isna(encoder))
         for modality, adapted, encoder in maps[["modality", "adapted", "encoder"]]

@@ -126,7 +126,7 @@ def write_report(folder: RunFolder) -> Report:
         lab=any(
             reference.startswith("lab:")
             for reference in (
-                *(m.decoder for m in sweep.models),
+                *(m.reference for m in sweep.models),
                 *(e.encoder for e in sweep.encoders),
                 *(t.data or "" for t in sweep.tasks),
             )

@@ -12,8 +12,10 @@ from orchestrator.graph import Choice, Node, Plan
 from orchestrator.sources import (
     DigestCache,
     Source,
+    brings_adapter,
     decoder_layers,
     manifest_source,
+    model_config,
     model_source,
 )
 from orchestrator.sweep import EncoderEntry, ModelEntry, SelectorEntry, Sweep, TaskEntry, TestSet
@@ -21,8 +23,11 @@ from workers.config import Condition, HealMode, MapSettings
 from workers.errors import InvalidInput
 from workers.lab.catalogue import SPEECH_LANGUAGES, LabItem, lab_item
 from workers.manifest import Utterance
+from workers.released import is_released
 
 LAB_SEED = 0
+OWN_ENCODER = "own"
+"""What tables call the encoder of a released SpeechLLM."""
 LAB_SPLITS = ("train", "dev", "test", "ood")
 
 
@@ -44,6 +49,13 @@ class Decoder:
     node: str | None
     source: Source | None
     layers: int
+    own_adapter: bool = False
+    """A released SpeechLLM that brings an adapter for speech."""
+
+    @property
+    def released(self) -> bool:
+        """Whether it is a released SpeechLLM's."""
+        return self.entry.speechllm is not None
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class _Layout:
             for i, entry in enumerate(self.sweep.encoders)
         ]
         for decoder in decoders:
-            self._model(decoder, encoders, cells)
+            self._model(decoder, [_own_encoder(decoder)] if decoder.released else encoders, cells)
         return Plan(self.sweep.name, self.nodes)
 
     # --- what a sweep names ----------------------------------------------------------------
@@ -122,16 +134,30 @@ class _Layout:
         )
 
     def _decoder(self, entry: ModelEntry, where: str) -> Decoder:
-        if entry.decoder.startswith("lab:"):
-            item = lab_item(entry.decoder, "decoder", f"{where}.decoder")
+        where += ".speechllm" if entry.speechllm else ".decoder"
+        reference = entry.reference
+        if reference.startswith("lab:"):
+            item = lab_item(reference, "decoder", where)
+            if entry.speechllm:
+                raise InvalidInput(
+                    f"{reference} is a decoder on its own",
+                    where,
+                    f"write decoder: {reference}, and give encoders",
+                )
             assert item.layers is not None
             found = Decoder(entry, self._build(item), None, item.layers)
         else:
-            source = model_source(
-                entry.decoder, entry.revision, self.base, f"{where}.decoder", self.digests
+            source = model_source(reference, entry.revision, self.base, where, self.digests)
+            config = model_config(source, where)
+            if is_released(config) != bool(entry.speechllm):
+                raise _misnamed(reference, is_released(config), where)
+            found = Decoder(
+                entry,
+                None,
+                source,
+                decoder_layers(source, config, where),
+                own_adapter=entry.speechllm is not None and brings_adapter(source),
             )
-            layers = decoder_layers(source, f"{where}.decoder")
-            found = Decoder(entry, None, source, layers)
         for i, depth in enumerate(self.sweep.depths):
             if depth >= found.layers:
                 raise InvalidInput(
@@ -233,20 +259,28 @@ class _Layout:
     # --- what is done with it --------------------------------------------------------------
 
     def _features(
-        self, entry: EncoderEntry, node: str | None, source: Source | None, corpus: Corpus
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry,
+        node: str | None,
+        source: Source | None,
+        corpus: Corpus,
     ) -> str:
         inputs, sources = _ports(("encoder", node, source), ("data", corpus.node, corpus.source))
+        own = decoder.released
         return self._add(
             Node(
-                id=f"encode/{entry.name}/{corpus.label}",
+                id=f"encode/{_who(decoder, entry) if own else entry.name}/{corpus.label}",
                 kind="encode",
                 params={
                     "split": corpus.split,
                     "dtype": entry.dtype,
                     "trust_remote_code": entry.trust_remote_code,
+                    **({"speechllm": True} if own else {}),
                 },
                 inputs=inputs,
                 sources=sources,
+                base=_identity(decoder) if own else None,
                 cost=5.0,
             )
         )
@@ -269,10 +303,15 @@ class _Layout:
         for entry, node, source in encoders:
             for cell in cells:
                 for corpus in (cell.train, cell.dev, *(c for _, c in cell.tests)):
-                    features[entry.name, corpus.label] = self._features(entry, node, source, corpus)
+                    features[entry.name, corpus.label] = self._features(
+                        decoder, entry, node, source, corpus
+                    )
             groups = [list(cells)] if sweep.share.base else [[cell] for cell in cells]
             for group in groups:
-                base = self._adapt(decoder, entry, group, features)
+                if decoder.released:
+                    base = self._adopt(decoder, entry, group)
+                else:
+                    base = self._adapt(decoder, entry, group, features)
                 for cell in group:
                     label = cell.condition.label
                     bases[entry.name, label] = base
@@ -317,11 +356,42 @@ class _Layout:
             )
         return listed, inputs, sources
 
-    def _decoder_params(self, decoder: Decoder) -> dict[str, Any]:
-        return {
+    def _decoder_params(self, decoder: Decoder, *, adapted: bool = True) -> dict[str, Any]:
+        params: dict[str, Any] = {
             "dtype": decoder.entry.dtype,
             "trust_remote_code": decoder.entry.trust_remote_code,
         }
+        if decoder.released:
+            params["speechllm"] = True
+        if decoder.own_adapter and not adapted:
+            params["own_adapter"] = False
+        return params
+
+    def _prompts(self, decoder: Decoder) -> dict[str, Any]:
+        # A released SpeechLLM always uses its own chat template.
+        return self.sweep.prompts.model_dump(exclude={"chat"} if decoder.released else None)
+
+    def _adopt(self, decoder: Decoder, entry: EncoderEntry, group: Sequence[Cell]) -> str:
+        """A released SpeechLLM as it is: nothing is trained, so no data count."""
+        inputs, sources = _ports(("decoder", decoder.node, decoder.source))
+        what = "all" if self.sweep.share.base else group[0].condition.label
+        return self._add(
+            Node(
+                id=f"adopt/{_who(decoder, entry)}/{what}",
+                kind="adopt",
+                params={
+                    "decoder": self._decoder_params(decoder),
+                    "prompts": self._prompts(decoder),
+                    "lora": self.sweep.adapt.lora.model_dump(),
+                    "seed": self.sweep.adapt.seed,
+                    "conditions": [cell.condition.model_dump() for cell in group],
+                },
+                inputs=inputs,
+                sources=sources,
+                base=_identity(decoder),
+                cost=2.0,
+            )
+        )
 
     def _adapt(
         self,
@@ -408,17 +478,17 @@ class _Layout:
                 id=f"{kind}/{who}/{condition.label}/{modality}",
                 kind=kind,
                 params={
-                    "decoder": self._decoder_params(decoder),
+                    "decoder": self._decoder_params(decoder, adapted=base is not None),
                     "condition": condition.model_dump(),
                     "modality": modality,
                     "split": cell.dev.split,
                     "settings": settings,
                     # With a base, its prompts count, and they are part of its key.
-                    "prompts": None if base else self.sweep.prompts.model_dump(),
+                    "prompts": None if base else self._prompts(decoder),
                 },
                 inputs=inputs,
                 sources=sources,
-                base=_identity(decoder),
+                base=_identity(decoder, adapted=base is not None),
                 cell={
                     "model": decoder.entry.name,
                     "encoder": entry.name if entry else None,
@@ -586,11 +656,43 @@ class _Layout:
         )
 
 
-def _identity(decoder: Decoder) -> str:
+def _misnamed(reference: str, released: bool, where: str) -> InvalidInput:
+    if released:
+        return InvalidInput(
+            f"{reference} is a whole SpeechLLM, with encoder and projector of its own",
+            where,
+            f"write speechllm: {reference}",
+        )
+    return InvalidInput(
+        f"{reference} is no SpeechLLM that transformers supports: its config.json does not describe "
+        "an audio encoder and a text decoder",
+        where,
+        f"if it is a language model, write decoder: {reference}, and give encoders",
+    )
+
+
+def _own_encoder(decoder: Decoder) -> tuple[EncoderEntry, str | None, Source | None]:
+    entry = decoder.entry
+    own = EncoderEntry(
+        encoder=entry.reference,
+        name=OWN_ENCODER,
+        dtype=entry.dtype,
+        trust_remote_code=entry.trust_remote_code,
+    )
+    return own, decoder.node, decoder.source
+
+
+def _who(decoder: Decoder, entry: EncoderEntry) -> str:
+    return f"{decoder.entry.name}+{entry.name}"
+
+
+def _identity(decoder: Decoder, *, adapted: bool = True) -> str:
+    """What a process must hold; without a model's own adapter it is another base."""
     if decoder.node is not None:
         return f"{decoder.node}:{decoder.entry.dtype}"
     assert decoder.source is not None
-    return f"{decoder.source.fingerprint}:{decoder.entry.dtype}"
+    identity = f"{decoder.source.fingerprint}:{decoder.entry.dtype}"
+    return f"{identity}:plain" if decoder.own_adapter and not adapted else identity
 
 
 def _ports(

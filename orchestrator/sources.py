@@ -89,26 +89,49 @@ def model_source(
     )
 
 
-def decoder_layers(source: Source, where: str) -> int:
+def model_config(source: Source, where: str) -> dict[str, Any]:
+    """The content of a model's `config.json`.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
+    path = _model_file(source, "config.json")
+    try:
+        if path is None:
+            raise OSError("no such file")
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidInput(f"config.json cannot be read: {error}", where) from None
+
+
+def brings_adapter(source: Source) -> bool:
+    """Whether a peft adapter lies beside a model's weights."""
+    return _model_file(source, "adapter_config.json") is not None
+
+
+def decoder_layers(source: Source, config: dict[str, Any], where: str) -> int:
     """Number of layers of a decoder, from its `config.json` alone.
+
+    Args:
+        source: where it is.
+        config: content of its `config.json`.
+        where: dotted path of the setting, for errors.
 
     Raises:
         InvalidInput: the file has no layer count.
     """
-    if source.revision is None:
-        path = Path(source.path) / "config.json"
-    else:
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(source.path, "config.json", revision=source.revision))
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"config.json cannot be read: {error}", where) from None
     for place in (config, config.get("text_config") or {}):
         for name in ("num_hidden_layers", "n_layer", "num_layers"):
             if isinstance(place.get(name), int):
                 return int(place[name])
+    if isinstance(config.get("text_config"), dict):  # it may leave out what is its family's default
+        from transformers import AutoConfig
+
+        try:
+            whole = AutoConfig.from_pretrained(source.path, revision=source.revision)
+            return int(whole.get_text_config(decoder=True).num_hidden_layers)
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass
     raise InvalidInput("config.json names no number of layers", where, "is this a decoder?")
 
 
@@ -143,6 +166,20 @@ def manifest_source(
     for utterance in utterances:
         check(utterance)
     return Source(str(path.absolute()), f"manifest:{whole.hexdigest()[:32]}")
+
+
+def _model_file(source: Source, name: str) -> Path | None:
+    """One file of a model; None if it has no such file."""
+    if source.revision is None:
+        path = Path(source.path) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source.path, name, revision=source.revision))
+    except EntryNotFoundError:
+        return None
 
 
 def _folder_digest(folder: Path, digests: DigestCache) -> str:

@@ -37,17 +37,38 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class ModelEntry(Settings):
-    """One decoder."""
+    """One decoder, or one released SpeechLLM with the decoder in it."""
 
-    decoder: str = Field(min_length=1)
-    """`lab:NAME`, a local folder (relative to the sweep file) or a hub id."""
+    decoder: str | None = Field(None, min_length=1)
+    """`lab:NAME`, a local folder (relative to the sweep file) or a hub id: a language model, to be
+    joined with each of `encoders`."""
+    speechllm: str | None = Field(None, min_length=1)
+    """In place of `decoder`: a local folder or a hub id of a SpeechLLM that transformers supports
+    (Qwen2-Audio, Voxtral, Granite-Speech, …). Encoder and projector are its own."""
     name: str = ""
-    """What tables and reports call it; by default the last part of `decoder`."""
+    """What tables and reports call it; by default the last part of `decoder` or `speechllm`."""
     revision: str | None = None
     """Hub revision; None: the newest, pinned to its commit when planned."""
     dtype: DType = "float32"
     trust_remote_code: bool = False
     """Let the hub repository's own Python code run. Shown in the plan."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "ModelEntry":
+        if (self.decoder is None) == (self.speechllm is None):
+            given = "both are given" if self.decoder is not None else "neither is given"
+            raise ValueError(
+                "a model is either a decoder (decoder: …) or a whole SpeechLLM (speechllm: …); "
+                f"{given}"
+            )
+        return self
+
+    @property
+    def reference(self) -> str:
+        """What it names: `lab:NAME`, a folder or a hub id."""
+        found = self.decoder or self.speechllm
+        assert found is not None
+        return found
 
 
 class EncoderEntry(Settings):
@@ -217,7 +238,7 @@ class Sweep(Settings):
     name: str
     """Names the run folder `runs/<name>/`."""
     models: list[ModelEntry] = Field(min_length=1)
-    encoders: list[EncoderEntry] = Field(min_length=1)
+    encoders: list[EncoderEntry] = Field(default=[])
     tasks: list[TaskEntry] = Field(min_length=1)
     depths: list[int] = Field(min_length=1)
     """Numbers of layers to remove; 0 is the unpruned control and always part of a sweep."""
@@ -247,7 +268,7 @@ class Sweep(Settings):
     def _named(cls, entries: list[Any]) -> list[Any]:
         named = []
         for entry in entries:
-            reference = entry.decoder if isinstance(entry, ModelEntry) else entry.encoder
+            reference = entry.reference if isinstance(entry, ModelEntry) else entry.encoder
             name = entry.name or reference.rstrip("/").split("/")[-1].removeprefix("lab:")
             if not NAME.fullmatch(name):
                 raise ValueError(f"name {name!r}: use letters, digits, '.', '_' and '-'")
@@ -274,6 +295,14 @@ class Sweep(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Sweep":
+        decoders = any(entry.decoder is not None for entry in self.models)
+        if decoders and not self.encoders:
+            raise ValueError("encoders is required: each decoder is joined with each of them")
+        if self.encoders and not decoders:
+            raise ValueError(
+                "encoders are for models given as decoder, but every model here is a speechllm, "
+                "which has its own: remove encoders"
+            )
         if self.share.heal and any(entry.selector == "own" for entry in self.selectors):
             raise ValueError(
                 "share.heal heals all conditions on one block, but selector own gives each its own:"

@@ -1,7 +1,7 @@
 """Loading a base decoder, once a process: the one large thing stages share."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from workers.config import Condition, PromptSettings
+from workers.released.model import Released, open_released
 from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
 from workers.stages import Context, Input
 from workers.surgery import pruned
@@ -25,6 +27,8 @@ class Resident:
     decoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     model: SpeechLLM | None = None
+    released: Released | None = None
+    """The whole of it, where the decoder is a released SpeechLLM's."""
 
     def release(self) -> None:
         """Hand the plain decoder back, as it was loaded."""
@@ -38,12 +42,27 @@ def load_decoder(source: Input, params: Mapping[str, Any], context: Context) -> 
 
     Args:
         source: a folder, or a hub id with its commit.
-        params: `dtype` and `trust_remote_code`.
+        params: `dtype` and `trust_remote_code`; `speechllm` where the source is a released
+            SpeechLLM, and `own_adapter: false` to leave out the adapter it brings for speech.
         context: the process; keeps one base at a time.
     """
-    identity = f"{source.path}@{source.revision}:{params['dtype']}"
+    own_adapter = params.get("own_adapter", True)
+    identity = f"{source.path}@{source.revision}:{params['dtype']}:{own_adapter}"
     if identity not in context.resident:
         context.resident.clear()
+        if params.get("speechllm"):
+            released = open_released(
+                source.path,
+                revision=source.revision,
+                dtype=getattr(torch, params["dtype"]),
+                device=context.device,
+                trust_remote_code=params["trust_remote_code"],
+                own_adapter=own_adapter,
+            )
+            context.resident[identity] = Resident(
+                released.decoder, released.tokenizer, released=released
+            )
+            return load_decoder(source, params, context)
         options = {
             "revision": source.revision,
             "trust_remote_code": params["trust_remote_code"],
@@ -56,6 +75,24 @@ def load_decoder(source: Input, params: Mapping[str, Any], context: Context) -> 
         context.resident[identity] = Resident(decoder, tokenizer)
     resident: Resident = context.resident[identity]
     return resident
+
+
+def text_only_config(
+    resident: Resident, prompts: PromptSettings, conditions: Sequence[Condition]
+) -> SpeechLLMConfig:
+    """Settings of a SpeechLLM that reads text alone.
+
+    Its fresh adapter changes nothing, and text never meets the projector.
+
+    Args:
+        resident: the base; a released SpeechLLM renders the prompts its own way.
+        prompts: of the sweep.
+        conditions: what it will be asked to do.
+    """
+    released = resident.released
+    return SpeechLLMConfig(
+        encoder_dim=1, prompts=released.prompts(prompts, conditions) if released else prompts
+    )
 
 
 @contextmanager

@@ -107,19 +107,13 @@ def encode(
     Raises:
         InvalidInput: no end-of-sequence token, bad prompts, or an example without frames.
     """
-    eos = model.tokenizer.eos_token_id
-    if eos is None:
-        raise InvalidInput(
-            "the decoder's tokenizer has no end-of-sequence token",
-            "decoder",
-            "set eos_token in its tokenizer_config.json",
-        )
     pieces: dict[Condition, PromptPieces] = {}
+    ends: dict[Condition, int] = {}
     for example in examples:
-        if example.condition not in pieces:
-            pieces[example.condition] = prompt_pieces(
-                model.config.prompts, example.condition, model.tokenizer
-            )
+        condition = example.condition
+        if condition not in pieces:
+            pieces[condition] = prompt_pieces(model.config.prompts, condition, model.tokenizer)
+            ends[condition] = _end_token(model, pieces[condition])
     texts = (
         [pieces[e.condition].target_prefix + e.target_text for e in examples] if with_target else []
     )
@@ -145,7 +139,7 @@ def encode(
         kinds[len(prompt) :] = _TARGET
         next_ids = np.full(len(kinds), IGNORED, dtype=np.int64)
         if with_target:
-            next_ids[len(prompt) - 1 :] = [*target, eos]
+            next_ids[len(prompt) - 1 :] = [*target, ends[example.condition]]
         encoded.append(
             Encoded(example, np.array([*prompt, *target], dtype=np.int64), kinds, next_ids)
         )
@@ -240,6 +234,17 @@ def sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """All indices, longest first, `batch_size` at a time: for decoding and maps."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _end_token(model: "SpeechLLM", pieces: PromptPieces) -> int:
+    found = model.tokenizer.eos_token_id if pieces.end_id is None else pieces.end_id
+    if found is None:
+        raise InvalidInput(
+            "the decoder's tokenizer has no end-of-sequence token",
+            "decoder",
+            "set eos_token in its tokenizer_config.json",
+        )
+    return int(found)
 
 
 def _frames(example: Example) -> Tensor:

@@ -3,7 +3,7 @@
 Importing this costs no torch. Field descriptions are what `--help`, the docs and errors print.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -48,6 +48,14 @@ class ProjectorConfig(Settings):
     """Embeddings per window (`qformer` only)."""
     heads: int = Field(4, ge=1)
     """Attention heads (`qformer` only)."""
+
+
+class OwnProjectorConfig(Settings):
+    """The projector that a released SpeechLLM brings with it."""
+
+    kind: Literal["own"] = "own"
+    model: dict[str, Any] = Field(repr=False)
+    """The released model's configuration: it says how the projector is built."""
 
 
 class LoraSettings(Settings):
@@ -143,6 +151,28 @@ class PromptSettings(Settings):
     """Put the text through the tokenizer's chat template as the user's turn."""
     target_prefix: str = " "
     """Stands between the prompt and the answer (a space for plain prompts, nothing for chat)."""
+
+
+class RecordedPrompt(Settings):
+    """One condition's prompt as a released SpeechLLM's processor renders it."""
+
+    text: str
+    """For people, with `{audio}` in the audio's place."""
+    prefix_ids: tuple[int, ...]
+    """Tokens before the audio."""
+    suffix_ids: tuple[int, ...]
+    """Tokens between the audio and the answer."""
+    target_prefix: str = ""
+    """Stands before the answer's text."""
+    end_id: int | None = None
+    """Token that ends an answer; None: the tokenizer's end of sequence."""
+
+
+class RecordedPrompts(Settings):
+    """The prompts of a released SpeechLLM, taken down once for training, maps and decoding."""
+
+    conditions: dict[str, RecordedPrompt]
+    """By the condition's label."""
 
 
 class Condition(Settings):

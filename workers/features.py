@@ -1,7 +1,8 @@
 """Encoder output on disk: every utterance of a split, encoded once a sweep and read lazily."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput, NotFinite
 
 FEATURES_FILE = "features.safetensors"
@@ -19,8 +19,19 @@ CHUNK = 1024
 """Utterances handed to the encoder at a time: enough for it to find others of equal length."""
 
 
+class Encoder(Protocol):
+    """What turns audio into frames: a `SpeechEncoder`, or a released SpeechLLM's own."""
+
+    sampling_rate: int
+
+    def encode(
+        self, waveforms: Sequence[np.ndarray], ids: Sequence[str] = ()
+    ) -> list[torch.Tensor]:
+        """Frames `[frames, dim]` of each waveform `[samples]`."""
+
+
 def write_features(
-    encoder: SpeechEncoder,
+    encoder: Encoder,
     utterances: Iterable[tuple[str, np.ndarray]],
     out: Path,
     dtype: str = "float16",

@@ -15,9 +15,9 @@ from workers.batches import Encoded, Modality, encode
 from workers.config import POOLS, Condition, Criterion, Pool
 from workers.damage import damage_map
 from workers.data import spread, utterance_audio
-from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
 from workers.examples import example_of
+from workers.features import Encoder
 from workers.manifest import Utterance, read_manifest
 from workers.map_inputs import TextSample, check_length, example_batches, text_batches, text_tokens
 from workers.maps import MapBatch, redundancy_map
@@ -81,6 +81,27 @@ class ModelMap:
     def samples(self) -> int:
         """Samples measured."""
         return max(len(values.ids) for values in self.whole.measures.values())
+
+
+def conditions_of(request: MapRequest) -> list[Condition]:
+    """What a request asks of a model, for the prompts of one that records them when it is opened.
+
+    Raises:
+        InvalidInput: the manifest cannot be read.
+    """
+    if request.manifest is None:
+        return []
+    named = [request.language]
+    if request.language is None:
+        named = [utterance.lang for utterance in read_manifest(request.manifest, [])]
+    return [_condition(name, request) for name in dict.fromkeys(named) if name is not None]
+
+
+def _condition(language: str, request: MapRequest) -> Condition:
+    target = request.target_language
+    return Condition(
+        task="ast" if target else "asr", source_language=language, target_language=target
+    )
 
 
 Progress = Callable[[str, float, str], None]
@@ -261,7 +282,7 @@ class _ManifestLines(_Samples):
                 yield from example_batches(self.model, encoded, self.request.batch_size)
 
     def _heard(
-        self, encoder: SpeechEncoder, window: Sequence[Utterance]
+        self, encoder: Encoder, window: Sequence[Utterance]
     ) -> Iterator[tuple[Utterance, Tensor]]:
         """Utterances with the encoder's frames, all encoded together where none is bad."""
         read = []
@@ -288,11 +309,7 @@ class _ManifestLines(_Samples):
             raise InvalidInput(
                 "no language is named", utterance.where, "add lang to the line, or give --language"
             )
-        target = self.request.target_language
-        condition = Condition(
-            task="ast" if target else "asr", source_language=language, target_language=target
-        )
-        example = example_of(utterance, condition, frames)
+        example = example_of(utterance, _condition(language, self.request), frames)
         item = encode(self.model, [example], self.modality)[0]
         check_length(self.causal_lm, item.length, utterance.where)
         return item

@@ -5,6 +5,7 @@ transformers itself supports.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from workers.config import Condition
 from workers.errors import InvalidInput, first_line
+from workers.released import is_released
+from workers.released.model import open_released
 from workers.speechllm import SpeechLLM, open_tokenizer
 
 ModelKind = Literal["causal-lm", "adapter", "speechllm", "released"]
@@ -47,25 +50,19 @@ def model_kind(reference: str, revision: str | None = None) -> ModelKind:
     Raises:
         InvalidInput: no such folder, nothing in it that can be opened, or the hub cannot be asked.
     """
+    config = _file(reference, "config.json", revision)
     for name, kind in DESCRIPTIONS.items():
-        if _file(reference, name, revision) is not None:
-            config = None if kind == "speechllm" else _file(reference, "config.json", revision)
-            return "released" if config and is_released(_json(config)) else kind
+        if _file(reference, name, revision) is None:
+            continue
+        # A released SpeechLLM may bring an adapter of its own.
+        if kind != "speechllm" and config and is_released(_content(config)):
+            return "released"
+        return kind
     raise InvalidInput(
         f"no model in it: there is none of {', '.join(DESCRIPTIONS)}",
         reference,
         "name a folder that from_pretrained can open, or a hub id",
     )
-
-
-def is_released(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` describes a SpeechLLM that transformers itself supports."""
-    hears = any(
-        isinstance(config.get(name), dict)
-        for name in ("audio_config", "encoder_config", "speech_config")
-    )
-    known = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return hears and isinstance(config.get("text_config"), dict) and not known
 
 
 def open_model(
@@ -75,6 +72,7 @@ def open_model(
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    conditions: Sequence[Condition] = (),
 ) -> OpenedModel:
     """Open whatever `reference` names.
 
@@ -84,6 +82,7 @@ def open_model(
         dtype: of the decoder; `auto`: as stored.
         device: where it goes.
         trust_remote_code: let the repository's own code run.
+        conditions: what a released SpeechLLM will be asked to do, for its prompts.
 
     Raises:
         InvalidInput: nothing there, or it cannot be opened; says why.
@@ -92,6 +91,16 @@ def open_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if kind == "speechllm":
         model = SpeechLLM.from_pretrained(Path(reference), dtype=dtype, device=device)
+        return OpenedModel(kind, model.decoder, model.tokenizer, model)
+    if kind == "released":
+        released = open_released(
+            reference,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        model = released.speechllm(conditions)
         return OpenedModel(kind, model.decoder, model.tokenizer, model)
     try:
         if kind == "adapter":
@@ -161,11 +170,11 @@ def _check_adapter_layers(reference: str, revision: str | None, decoder: Any) ->
         )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot be read: {error}", str(file), "copy it again") from error
+        raise InvalidInput(f"cannot be read: {error}", str(file), "repair the file") from None
     return content if isinstance(content, dict) else {}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from workers.config import LANGUAGE_NAMES, Condition, PromptSettings
+from workers.config import LANGUAGE_NAMES, Condition, PromptSettings, RecordedPrompts
 from workers.errors import InvalidInput
 
 _AUDIO = "{audio}"
@@ -30,10 +30,14 @@ class PromptPieces:
     """Stands before a transcript that takes the audio's place."""
     target_prefix: str
     """Stands before the answer's text."""
+    end_id: int | None = None
+    """Token that ends an answer; None: the tokenizer's end of sequence."""
 
 
 def prompt_pieces(
-    settings: PromptSettings, condition: Condition, tokenizer: PreTrainedTokenizerBase
+    settings: PromptSettings | RecordedPrompts,
+    condition: Condition,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PromptPieces:
     """Fills in and tokenises the prompt of one condition.
 
@@ -41,10 +45,12 @@ def prompt_pieces(
     dropped: a transcript in its place brings its own.
 
     Raises:
-        InvalidInput: the template is malformed, a language has no known name, or the tokenizer has
-            no usable chat template.
+        InvalidInput: the template is malformed, a language has no known name, the tokenizer has no
+            usable chat template, or no prompt was recorded for the condition.
     """
-    before, after = _fill(settings, condition)
+    if isinstance(settings, RecordedPrompts):
+        return _recorded(settings, condition)
+    before, after = filled_template(settings, condition)
     if settings.chat:
         before, after = _through_chat_template(before, after, tokenizer)
     before = before.rstrip(" ")
@@ -61,7 +67,7 @@ def prompt_pieces(
     )
 
 
-def digest(settings: PromptSettings) -> str:
+def digest(settings: PromptSettings | RecordedPrompts) -> str:
     """SHA-256 (hex) of everything that can change a prompt, for keys and for checks on loading."""
     canonical = json.dumps(settings.model_dump(mode="json"), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -73,11 +79,15 @@ def check_prompts(settings: PromptSettings, condition: Condition) -> None:
     Raises:
         InvalidInput: as `prompt_pieces` would.
     """
-    _fill(settings, condition)
+    filled_template(settings, condition)
 
 
-def _fill(settings: PromptSettings, condition: Condition) -> tuple[str, str]:
-    """The template's text before and after the audio."""
+def filled_template(settings: PromptSettings, condition: Condition) -> tuple[str, str]:
+    """The template's text before and after the audio.
+
+    Raises:
+        InvalidInput: the template is malformed, or a language has no known name.
+    """
     where = f"prompts.{condition.task}"
     template = settings.asr if condition.task == "asr" else settings.ast
     languages = {"source": condition.source_language}
@@ -120,6 +130,23 @@ def _fill(settings: PromptSettings, condition: Condition) -> tuple[str, str]:
             f"write {_AUDIO} exactly once, where the audio goes",
         )
     return parts[0], parts[1]
+
+
+def _recorded(prompts: RecordedPrompts, condition: Condition) -> PromptPieces:
+    prompt = prompts.conditions.get(condition.label)
+    if prompt is None:
+        raise InvalidInput(
+            f"the model has no prompt for {condition.label}",
+            "speechllm",
+            f"it was made for: {', '.join(sorted(prompts.conditions)) or 'nothing'}",
+        )
+    return PromptPieces(
+        prefix_ids=prompt.prefix_ids,
+        suffix_ids=prompt.suffix_ids,
+        source_prefix="",
+        target_prefix=prompt.target_prefix,
+        end_id=prompt.end_id,
+    )
 
 
 def _language_name(code: str, where: str, field: str) -> str:

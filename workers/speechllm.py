@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -27,12 +27,23 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from workers.config import LoraSettings, ProjectorConfig, PromptSettings, Settings
+from workers.config import (
+    LoraSettings,
+    OwnProjectorConfig,
+    ProjectorConfig,
+    PromptSettings,
+    RecordedPrompts,
+    Settings,
+)
 from workers.decoder_parts import decoder_layers
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
 from workers.lora import lora_config
 from workers.projectors import Projector, build_projector
+from workers.released.projector import build_own_projector
+
+if TYPE_CHECKING:
+    from workers.released.audio import OwnEncoder
 
 Part = Literal["projector", "decoder"]
 FORMAT = 1
@@ -44,9 +55,9 @@ class SpeechLLMConfig(Settings):
 
     encoder_dim: int
     """Width of the encoder's frames."""
-    projector: ProjectorConfig = ProjectorConfig()
+    projector: ProjectorConfig | OwnProjectorConfig = ProjectorConfig()
     lora: LoraSettings = LoraSettings()
-    prompts: PromptSettings = PromptSettings()
+    prompts: PromptSettings | RecordedPrompts = PromptSettings()
     decoder_name: str = ""
     """For people; changes nothing."""
     encoder_name: str = ""
@@ -75,7 +86,7 @@ class SpeechLLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         projector: Projector,
         config: SpeechLLMConfig,
-        encoder: SpeechEncoder | None = None,
+        encoder: "SpeechEncoder | OwnEncoder | None" = None,
     ) -> None:
         super().__init__()
         self.decoder, self.projector, self.encoder = decoder, projector, encoder
@@ -90,7 +101,7 @@ class SpeechLLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         config: SpeechLLMConfig,
         seed: int,
-        encoder: SpeechEncoder | None = None,
+        encoder: "SpeechEncoder | OwnEncoder | None" = None,
     ) -> "SpeechLLM":
         """Puts an untrained projector and an untrained adapter (which changes nothing yet) on.
 
@@ -112,8 +123,10 @@ class SpeechLLM(nn.Module):
         # peft and torch.nn draw from the global generator: leave the caller's as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            projector = build_projector(
-                config.projector, config.encoder_dim, embeddings.shape[1], rms
+            projector = (
+                build_own_projector(config.projector, config.encoder_dim)
+                if isinstance(config.projector, OwnProjectorConfig)
+                else build_projector(config.projector, config.encoder_dim, embeddings.shape[1], rms)
             )
             wrapped = get_peft_model(decoder, lora_config(decoder, config.lora))
         # peft would write down the folder the decoder was read from on this machine.
@@ -290,9 +303,7 @@ class SpeechLLM(nn.Module):
                 str(place),
                 _AGAIN,
             )
-        encoder = None
-        if (folder / "encoder").is_dir():
-            encoder = SpeechEncoder.from_pretrained(folder / "encoder", device=device)
+        encoder = _open_encoder(folder / "encoder", config, device)
         decoder.to(device)
         model = cls.create(decoder, tokenizer, config, seed=0, encoder=encoder)
         if described.get("layers") != model.layer_count:
@@ -374,6 +385,19 @@ def _read_description(folder: Path) -> tuple[SpeechLLMConfig, dict[str, Any]]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise InvalidInput(f"cannot be read: {_first_line(error)}", str(file), _AGAIN) from error
+
+
+def _open_encoder(
+    folder: Path, config: SpeechLLMConfig, device: str
+) -> "SpeechEncoder | OwnEncoder | None":
+    if not folder.is_dir():
+        return None
+    if not isinstance(config.projector, OwnProjectorConfig):
+        return SpeechEncoder.from_pretrained(folder, device=device)
+    # That module opens tokenizers with this one.
+    from workers.released.audio import OwnEncoder
+
+    return OwnEncoder.from_pretrained(folder, device=device)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

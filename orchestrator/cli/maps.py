@@ -114,11 +114,26 @@ def map_(
     import torch
 
     from orchestrator.validation import validate as hold_against
-    from workers.map_model import MapRequest, map_model
+    from workers.map_model import MapRequest, conditions_of, map_model
     from workers.maps import CKA_TOKENS
     from workers.model_folder import open_model
 
     quiet_libraries()
+    request = MapRequest(
+        text=text,
+        manifest=manifest,
+        modality=modality,  # type: ignore[arg-type]
+        language=language,
+        target_language=target_language,
+        samples=samples,
+        batch_size=batch_size,
+        pools=tuple(pools),  # type: ignore[arg-type]
+        criteria=tuple(c for c in criteria if c != "damage"),  # type: ignore[misc]
+        damage="damage" in criteria,
+        depths=tuple(sorted(set(depth or ()))),
+        adapter=not no_adapter,
+        skip_bad=skip_bad,
+    )
     with _bar(quiet=as_json) as tell:
         tell("opening", 0.0, model)
         opened = open_model(
@@ -127,24 +142,11 @@ def map_(
             dtype=dtype,
             device=_device(device, torch.cuda.is_available()),
             trust_remote_code=trust_remote_code,
+            conditions=conditions_of(request),
         )
         result = map_model(
             opened,
-            MapRequest(
-                text=text,
-                manifest=manifest,
-                modality=modality,  # type: ignore[arg-type]
-                language=language,
-                target_language=target_language,
-                samples=samples,
-                batch_size=batch_size,
-                pools=tuple(pools),  # type: ignore[arg-type]
-                criteria=tuple(c for c in criteria if c != "damage"),  # type: ignore[misc]
-                damage="damage" in criteria,
-                depths=tuple(sorted(set(depth or ()))),
-                adapter=not no_adapter,
-                skip_bad=skip_bad,
-            ),
+            request,
             tell,
         )
     about = {

@@ -77,8 +77,12 @@ def _show_plan(
     sweep: "Sweep", store: "Store", laid_out: "Plan", assessment: "Assessment", every: bool
 ) -> None:
     out = console()
+    decoders = sum(model.decoder is not None for model in sweep.models)
+    models = [f"{decoders} decoder(s) x {len(sweep.encoders)} encoder(s)"] if decoders else []
+    if decoders < len(sweep.models):
+        models.append(f"{len(sweep.models) - decoders} released SpeechLLM(s)")
     out.print(
-        f"Sweep {sweep.name}: {len(sweep.models)} decoder(s) x {len(sweep.encoders)} encoder(s) x "
+        f"Sweep {sweep.name}: {' and '.join(models)} x "
         f"{len(sweep.conditions())} conditions x depths {', '.join(map(str, sweep.depths))}"
     )
     trusted = [m.name for m in sweep.models if m.trust_remote_code]

@@ -217,7 +217,7 @@ def _model_section(
     validation = tables["validation"]
     measured = measured_maps(model, maps, pool)
     judged = judgements(validation[validation["model"] == model], depths)
-    expected = expected_conditions(maps, tables["results"])
+    expected = expected_conditions(maps, tables["results"], model)
     made: dict[str, Figure | None] = {
         "curves": curve_figure(model, cells, summary.tolerance),
         "strip": strip_figure(model, maps, tables["consensus"], pool, depths),

@@ -279,6 +279,19 @@ def test_results_name_conditions_that_have_no_map_yet() -> None:
     assert len(expected_conditions(one_map({2: [0.3, 0.1, 0.2]}), results)) == 2
 
 
+def test_an_encoder_of_another_models_own_is_not_missed() -> None:
+    results = pd.DataFrame(
+        {
+            "model": ["m", "n"], "encoder": ["e", "own"], "task": "asr", "layers": 4,
+            "source_language": "en", "target_language": None,
+        }
+    )  # fmt: skip
+    table = consensus_table(one_map({2: [0.3, 0.1, 0.2]}), [2], "all", results, permutations=9)
+    of_m, of_n = (table[(table.model == m) & (table.scope == "all")].iloc[0] for m in "mn")
+    assert (of_m.conditions, of_m.coverage) == (1, 1.0)
+    assert (of_n.conditions, of_n.coverage) == (0, 0.0)
+
+
 def test_two_values_for_one_block_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"two maps of m for e · asr-en · speech"):
         model_maps(joined(one_map({2: [0.1, 0.2]}), one_map({2: [0.3, 0.2]})), "all")

@@ -280,3 +280,114 @@ def test_damage_is_a_stage_of_its_own_and_changes_no_other_key(tmp_path):
     assert {with_damage.nodes[node_id].kind for node_id in added} == {"damage"}
     assert len(added) == 2 * 3  # encoders x conditions: on speech alone
     assert keys_of(plan_of(tmp_path, maps={"damage": {"depths": [1]}})).keys() == keys.keys()
+
+
+# --- released SpeechLLMs ------------------------------------------------------------------------
+
+
+def released_folder(folder, name="audio-llm", **changes):
+    """Enough of a released SpeechLLM to plan with."""
+    (folder / name).mkdir()
+    config = {
+        "model_type": "qwen2_audio",
+        "text_config": {"model_type": "qwen2", "num_hidden_layers": 6},
+        "audio_config": {"model_type": "qwen2_audio_encoder"},
+        **changes,
+    }
+    (folder / name / "config.json").write_text(json.dumps(config))
+    return name
+
+
+def released_plan(folder, name="audio-llm", **changes):
+    if not (folder / name).exists():
+        released_folder(folder, name)
+    changes = {"models": [{"speechllm": name}], "encoders": [], **changes}
+    return plan_of(folder, **{"tasks": [own_task(folder)], **changes})
+
+
+def test_a_released_speechllm_is_adopted_and_not_adapted(tmp_path):
+    plan = released_plan(tmp_path)
+    kinds = Counter(node.kind for node in plan.nodes.values())
+    assert "adapt" not in kinds
+    assert "build" not in kinds
+    assert kinds["adopt"] == 1
+    adopt = next(plan.by_kind("adopt"))
+    assert adopt.id == "adopt/audio-llm+own/all"
+    assert not adopt.inputs, "no data count where nothing is trained"
+    assert {n.cell["encoder"] for n in plan.by_kind("evaluate")} == {"own"}
+    assert {n.base for n in plan.nodes.values()} == {adopt.base}, "one base in memory does it all"
+    maps = {(n.cell["modality"], n.cell["adapted"], n.cell["encoder"]) for n in plan.by_kind("map")}
+    assert maps == {("text", False, None), ("text", True, "own"), ("speech", True, "own")}
+    seen = set()
+    for node in plan.nodes.values():
+        assert node.dependencies() <= seen
+        seen.add(node.id)
+
+
+def test_released_models_and_decoders_share_a_sweep(tmp_path):
+    released_folder(tmp_path)
+    models = [{"decoder": "lab:llama-tiny"}, {"speechllm": "audio-llm"}]
+    mixed = plan_of(tmp_path, models=models, tasks=[own_task(tmp_path)])
+    pairs = {(n.cell["model"], n.cell["encoder"]) for n in mixed.by_kind("evaluate")}
+    assert pairs == {
+        ("llama-tiny", "whisper-tiny"), ("llama-tiny", "conformer-tiny"), ("audio-llm", "own"),
+    }  # fmt: skip
+    alone = plan_of(tmp_path, models=models[:1], tasks=[own_task(tmp_path)])
+    assert keys_of(alone).items() <= keys_of(mixed).items()
+
+
+def test_the_text_map_before_adapting_leaves_out_the_adapter_a_model_brings(tmp_path):
+    released_folder(tmp_path)
+    plain = released_plan(tmp_path)
+    assert not any("own_adapter" in n.params["decoder"] for n in plain.by_kind("map"))
+    (tmp_path / "audio-llm" / "adapter_config.json").write_text("{}")
+    plan = released_plan(tmp_path)
+    without = [n for n in plan.by_kind("map") if n.params["decoder"].get("own_adapter") is False]
+    assert [(n.cell["modality"], n.cell["adapted"]) for n in without] == [("text", False)]
+    assert without[0].base != next(plan.by_kind("adopt")).base
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"adapt": {"lora": {"rank": 3}}}, {"adopt", "map", "heal", "evaluate"}),
+        ({"prompts": {"asr": "Write: {audio}"}}, {"adopt", "map", "heal", "evaluate"}),
+        ({"heal": {"steps": 7}}, {"heal", "evaluate"}),
+        ({"adapt": {"steps": 7, "lr_projector": 0.1}}, set()),
+        ({"prompts": {"chat": True}}, set()),
+    ],
+)
+def test_keys_of_a_released_model_change_when_results_can(tmp_path, change, changed):
+    plain = released_plan(tmp_path, selectors=["last"])
+    other = released_plan(tmp_path, selectors=["last"], **change)
+    found = {n.kind for n in plain.nodes.values() if plain.key(n.id) != other.key(n.id)}
+    assert found == changed
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"decoder": "audio-llm"}, r"sweep\.models\[0\]\.decoder: audio-llm is a whole SpeechLLM.*write speechllm: audio-llm"),
+        ({"speechllm": "llm"}, r"sweep\.models\[0\]\.speechllm: llm is no SpeechLLM.*write decoder: llm"),
+        ({"speechllm": "lab:llama-tiny"}, r"sweep\.models\[0\]\.speechllm: lab:llama-tiny is a decoder on its own"),
+        ({"speechllm": "nowhere"}, r"sweep\.models\[0\]\.speechllm: no folder"),
+    ],
+)  # fmt: skip
+def test_what_is_named_in_the_wrong_place_is_refused_with_the_right_one(tmp_path, model, message):
+    released_folder(tmp_path)
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text('{"num_hidden_layers": 6}')
+    encoders = TINY["encoders"] if "decoder" in model else []
+    with pytest.raises(InvalidInput, match=message):
+        released_plan(tmp_path, models=[model], encoders=encoders)
+
+
+def test_a_depth_is_held_against_the_released_decoder(tmp_path):
+    with pytest.raises(InvalidInput, match="cannot remove 6 layers: audio-llm has 6"):
+        released_plan(tmp_path, depths=[6])
+
+
+def test_layers_that_a_configuration_leaves_to_its_family_are_counted(tmp_path):
+    released_folder(tmp_path, text_config={"model_type": "qwen2"})
+    evaluations = released_plan(tmp_path).by_kind("evaluate")
+    assert {n.cell["layers"] for n in evaluations} == {32}

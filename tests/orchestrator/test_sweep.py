@@ -39,6 +39,13 @@ def test_depth_zero_is_always_there_and_depths_are_in_order():
     assert parse_sweep({**GOOD, "depths": [4, 2]}).depths == [0, 2, 4]
 
 
+def test_a_released_speechllm_needs_no_encoders():
+    raw = {k: v for k, v in GOOD.items() if k != "encoders"}
+    sweep = parse_sweep({**raw, "models": [{"speechllm": "models/qwen2-audio"}]})
+    assert sweep.models[0].name == "qwen2-audio"
+    assert parse_sweep(sweep.model_dump(mode="json")) == sweep, "a run folder keeps it whole"
+
+
 def test_the_name_defaults_to_the_file(tmp_path):
     raw = {k: v for k, v in GOOD.items() if k != "name"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
@@ -71,6 +78,11 @@ def test_set_changes_one_setting(tmp_path):
         (["depths"], [-1], r"sweep\.depths: .*0 or more"),
         (["depths"], [], r"sweep\.depths: "),
         (["models"], [], r"sweep\.models: "),
+        (["models"], [{"name": "x"}], r"sweep\.models\[0\]: .*decoder.*speechllm.*neither is given"),
+        (["models"], [{"decoder": "a", "speechllm": "b"}], r"sweep\.models\[0\]: .*both are given"),
+        (["models"], [{"speechlm": "a"}], r"sweep\.models\[0\]\.speechlm: unknown key \(did you mean speechllm\?\)"),
+        (["models"], [{"speechllm": "a"}], r"every model here is a speechllm, which has its own: remove encoders"),
+        (["encoders"], [], r"encoders is required: each decoder is joined"),
         (["models"], [{"decoder": "lab:llama"}, {"decoder": "lab:llama"}], "two entries are called llama"),
         (["seeds"], [1, 1], "the same seed"),
         (["selectors"], ["bset"], r"sweep\.selectors\[0\]"),
@@ -170,7 +182,7 @@ def test_no_value_anywhere_gives_a_traceback(key, value):
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["models", "encoders", "tasks"]), st.dictionaries(st.sampled_from(
-    ["decoder", "encoder", "name", "task", "language", "target_language", "data", "train", "dev",
+    ["decoder", "speechllm", "encoder", "name", "task", "language", "target_language", "data", "train", "dev",
      "test", "projector", "dtype"]), ANY))  # fmt: skip
 def test_no_entry_gives_a_traceback(key, entry):
     assert complaint({**GOOD, key: [entry]}).startswith("sweep")

@@ -15,11 +15,12 @@ from tiny_folders import (
     write_rows,
     write_text,
 )
+from tiny_released import granite_speech, qwen2_audio, voxtral
 from tiny_speechllm import tiny_decoder, tiny_tokenizer
 
 from workers import map_model as module
 from workers.errors import InvalidInput
-from workers.map_model import MapRequest, map_model
+from workers.map_model import MapRequest, conditions_of, map_model
 from workers.model_folder import model_kind, open_model
 from workers.redundancy import Measure
 
@@ -268,3 +269,32 @@ class TestFolders:
         tiny_tokenizer().save_pretrained(folder)
         with pytest.raises(InvalidInput, match=r"weights are missing, such as model\.layers\.2"):
             open_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", [qwen2_audio, voxtral, granite_speech])
+def test_released_speechllms_hear_in_their_own_prompts(kind, tmp_path):
+    kind(tmp_path / "model")
+    manifest = write_manifest(tmp_path / "m.jsonl", count=2)
+    request = MapRequest(manifest=manifest, criteria=("angular", "influence"), damage=True)
+    opened = open_model(str(tmp_path / "model"), conditions=conditions_of(request))
+    assert opened.kind == "released"
+    result = map_model(opened, request)
+    assert result.modality == "speech"
+    assert result.whole.pools == ("last", "prompt", "audio", "target", "all")
+    layers = result.whole.layers
+    assert len(result.whole.table()) == (2 * 5 + 1) * layers * (layers + 1) // 2
+    lines = map_model(opened, MapRequest(text=write_text(tmp_path / "lines.txt")))
+    assert lines.modality == "text"
+    assert lines.samples == len(SENTENCES)
+
+
+def test_a_request_says_what_a_model_will_be_asked(tmp_path):
+    manifest = write_manifest(tmp_path / "m.jsonl")
+    rows = read_rows(manifest)
+    rows[1]["lang"], rows[2] = "de", "not JSON"
+    write_rows(manifest, rows)
+    labels = [c.label for c in conditions_of(MapRequest(manifest=manifest))]
+    assert labels == ["asr-en", "asr-de"]
+    chosen = MapRequest(manifest=manifest, language="fr", target_language="en")
+    assert [c.label for c in conditions_of(chosen)] == ["ast-fr-en"]
+    assert conditions_of(MapRequest(text=tmp_path / "lines.txt")) == []

@@ -68,6 +68,7 @@ STAGES: dict[str, Stage] = {
         Stage("build", 1, "workers.stages.build"),
         Stage("encode", 1, "workers.stages.encode"),
         Stage("adapt", 1, "workers.stages.adapt"),
+        Stage("adopt", 1, "workers.stages.adopt"),
         Stage("map", 2, "workers.stages.map"),
         Stage("damage", 1, "workers.stages.damage"),
         Stage("heal", 1, "workers.stages.heal"),

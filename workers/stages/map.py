@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workers.base import load_decoder, trained_speechllm, untrained_speechllm
+from workers.base import load_decoder, text_only_config, trained_speechllm, untrained_speechllm
 from workers.batches import Encoded, encode
 from workers.config import Condition, MapSettings, PromptSettings
 from workers.data import read_utterances, spread
@@ -13,7 +13,7 @@ from workers.examples import examples_of
 from workers.features import Features
 from workers.map_inputs import example_batches
 from workers.maps import redundancy_map
-from workers.speechllm import SpeechLLM, SpeechLLMConfig
+from workers.speechllm import SpeechLLM
 from workers.stages import Context, Input
 
 
@@ -65,11 +65,8 @@ def mapped_model(
     if "base" in inputs:
         opened = trained_speechllm(Path(inputs["base"].path), resident)
     else:
-        # A fresh adapter changes nothing, and text never meets the projector.
-        config = SpeechLLMConfig(
-            encoder_dim=1, prompts=PromptSettings.model_validate(params["prompts"])
-        )
-        opened = untrained_speechllm(resident, config)
+        prompts = PromptSettings.model_validate(params["prompts"])
+        opened = untrained_speechllm(resident, text_only_config(resident, prompts, [condition]))
     with opened as model:
         yield (
             model,
