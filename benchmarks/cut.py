@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEADS, HEAD_SIZE = 16, 128
-FLOOR = "import orchestrator.cli, workers.prune"
+FLOOR = "import orchestrator.cli, workers.surgery.prune"
 
 
 def main() -> int:
@@ -143,8 +143,8 @@ def write_model(folder: Path, layers: int, size: float, shard_megabytes: float) 
 
 def same_tensors(one: Path, other: Path) -> None:
     sys.path.insert(0, str(ROOT))
-    from workers.model_files import weight_files
-    from workers.shards import digest_of, read_headers
+    from workers.surgery.model_files import weight_files
+    from workers.surgery.shards import digest_of, read_headers
 
     found = [
         {t.name: (t.dtype, t.shape, digest_of(t)) for t in read_headers(weight_files(folder))}

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional
 
 from workers.batches import IGNORED
-from workers.damage import damage_map
-from workers.maps import MapBatch
-from workers.redundancy import Measure, blocks_of
-from workers.surgery import pruned
+from workers.maps.damage import damage_map
+from workers.maps.measure import MapBatch
+from workers.maps.redundancy import Measure, blocks_of
+from workers.surgery.cut import pruned
 
 
 @torch.no_grad()

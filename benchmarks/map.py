@@ -22,8 +22,8 @@ import torch
 from shapes import PRESETS, batches, decoder, peak_bytes, seconds
 
 from workers.config import CHEAP_CRITERIA, POOLS
-from workers.maps import MapBatch, redundancy_map, run_body
-from workers.surgery import decoder_parts
+from workers.maps.measure import MapBatch, redundancy_map, run_body
+from workers.surgery.decoder_parts import decoder_parts
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from workers.batches import IGNORED
-from workers.maps import MapBatch
+from workers.maps.measure import MapBatch
 
 PRESETS = {
     "narrow": {"layers": 32, "width": 256, "ff": 704, "heads": 8, "kv": 4, "vocabulary": 4096},

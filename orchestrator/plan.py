@@ -4,68 +4,20 @@ Every refusal that needs no job to run happens here, with the path of the key in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.graph import Choice, Node, Plan
+from orchestrator.named import Cell, Corpus, Decoder, Names
 from orchestrator.sources import (
     DigestCache,
     Source,
-    brings_adapter,
-    decoder_layers,
-    manifest_source,
-    model_config,
-    model_source,
 )
-from orchestrator.sweep import EncoderEntry, ModelEntry, SelectorEntry, Sweep, TaskEntry, TestSet
+from orchestrator.sweep import EncoderEntry, SelectorEntry, Sweep, TestSet
 from workers.config import Condition, HealMode, MapSettings
-from workers.errors import InvalidInput
-from workers.lab.catalogue import SPEECH_LANGUAGES, LabItem, lab_item
-from workers.manifest import Utterance
-from workers.released import is_released
 
-LAB_SEED = 0
 OWN_ENCODER = "own"
 """What tables call the encoder of a released SpeechLLM."""
-LAB_SPLITS = ("train", "dev", "test", "ood")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """One split of one language's data: a build stage's split or a manifest."""
-
-    node: str | None
-    source: Source | None
-    split: str | None
-    label: str
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A sweep's decoder, found."""
-
-    entry: ModelEntry
-    node: str | None
-    source: Source | None
-    layers: int
-    own_adapter: bool = False
-    """A released SpeechLLM that brings an adapter for speech."""
-
-    @property
-    def released(self) -> bool:
-        """Whether it is a released SpeechLLM's."""
-        return self.entry.speechllm is not None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One condition with its data."""
-
-    condition: Condition
-    train: Corpus
-    dev: Corpus
-    tests: tuple[tuple[TestSet, Corpus], ...]
 
 
 def build_plan(sweep: Sweep, base: Path, digests: DigestCache) -> Plan:
@@ -89,174 +41,24 @@ class _Layout:
     def __init__(self, sweep: Sweep, base: Path, digests: DigestCache) -> None:
         self.sweep, self.base, self.digests = sweep, base, digests
         self.nodes: dict[str, Node] = {}
-        self.manifests: dict[tuple[str, str], Source] = {}
 
     def lay_out(self) -> Plan:
+        names = Names(self.sweep, self.base, self.digests, self._add)
         decoders = [
-            self._decoder(entry, f"sweep.models[{i}]") for i, entry in enumerate(self.sweep.models)
+            names.decoder(entry, f"sweep.models[{i}]") for i, entry in enumerate(self.sweep.models)
         ]
-        cells = [
-            cell
-            for i, entry in enumerate(self.sweep.tasks)
-            for cell in self._cells(entry, f"sweep.tasks[{i}]")
-        ]
+        cells = names.all_cells()
         encoders = [
-            (entry, *self._encoder(entry, f"sweep.encoders[{i}]"))
+            (entry, *names.encoder(entry, f"sweep.encoders[{i}]"))
             for i, entry in enumerate(self.sweep.encoders)
         ]
         for decoder in decoders:
             self._model(decoder, [_own_encoder(decoder)] if decoder.released else encoders, cells)
         return Plan(self.sweep.name, self.nodes)
 
-    # --- what a sweep names ----------------------------------------------------------------
-
     def _add(self, node: Node) -> str:
         self.nodes.setdefault(node.id, node)
         return node.id
-
-    def _build(self, item: LabItem, **params: Any) -> str:
-        language = params.get("language")
-        inputs = {}
-        if item.role == "encoder":
-            data = lab_item(
-                "lab:speech" if item.size == "full" else "lab:speech-tiny", "data", item.name
-            )
-            inputs = {code: self._build(data, language=code) for code in SPEECH_LANGUAGES}
-        name = item.name.removeprefix("lab:")
-        return self._add(
-            Node(
-                id=f"build/{name}/{language}" if language else f"build/{name}",
-                kind="build",
-                params={"name": item.name, "seed": LAB_SEED, **params},
-                inputs=inputs,
-                cost=item.cost_seconds,
-            )
-        )
-
-    def _decoder(self, entry: ModelEntry, where: str) -> Decoder:
-        where += ".speechllm" if entry.speechllm else ".decoder"
-        reference = entry.reference
-        if reference.startswith("lab:"):
-            item = lab_item(reference, "decoder", where)
-            if entry.speechllm:
-                raise InvalidInput(
-                    f"{reference} is a decoder on its own",
-                    where,
-                    f"write decoder: {reference}, and give encoders",
-                )
-            assert item.layers is not None
-            found = Decoder(entry, self._build(item), None, item.layers)
-        else:
-            source = model_source(reference, entry.revision, self.base, where, self.digests)
-            config = model_config(source, where)
-            if is_released(config) != bool(entry.speechllm):
-                raise _misnamed(reference, is_released(config), where)
-            found = Decoder(
-                entry,
-                None,
-                source,
-                decoder_layers(source, config, where),
-                own_adapter=entry.speechllm is not None and brings_adapter(source),
-            )
-        for i, depth in enumerate(self.sweep.depths):
-            if depth >= found.layers:
-                raise InvalidInput(
-                    f"cannot remove {depth} layers: {entry.name} has {found.layers}",
-                    f"sweep.depths[{i}]",
-                    f"the largest depth is {found.layers - 1}",
-                )
-        for i, selector in enumerate(self.sweep.selectors):
-            deepest = self.sweep.depths[-1]
-            if selector.start is not None and selector.start + deepest > found.layers:
-                raise InvalidInput(
-                    f"{deepest} layers from layer {selector.start} reach past the last of "
-                    f"{entry.name}'s {found.layers} layers",
-                    f"sweep.selectors[{i}].start",
-                    f"the largest start at depth {deepest} is {found.layers - deepest}",
-                )
-        return found
-
-    def _encoder(self, entry: EncoderEntry, where: str) -> tuple[str | None, Source | None]:
-        if entry.encoder.startswith("lab:"):
-            return self._build(lab_item(entry.encoder, "encoder", f"{where}.encoder")), None
-        return None, model_source(
-            entry.encoder, entry.revision, self.base, f"{where}.encoder", self.digests
-        )
-
-    def _cells(self, entry: TaskEntry, where: str) -> list[Cell]:
-        cells = []
-        for code in entry.languages:
-            condition = Condition(
-                task=entry.task, source_language=code, target_language=entry.target_language
-            )
-            if entry.data is not None:
-                name = entry.data
-                train, dev = f"{name}/train", f"{name}/dev"
-                tests = [
-                    TestSet(name="test", data=f"{name}/test"),
-                    TestSet(name="ood", data=f"{name}/ood", in_domain=False),
-                ]
-                places = [f"{where}.data"] * 4
-            else:
-                assert entry.train is not None
-                assert entry.dev is not None
-                assert entry.test is not None
-                train, dev, tests = entry.train, entry.dev, entry.test
-                places = [f"{where}.train", f"{where}.dev"]
-                places += [f"{where}.test[{i}].data" for i in range(len(tests))]
-            corpora = [
-                self._corpus(reference.replace("{language}", code), condition, place)
-                for reference, place in zip(
-                    [train, dev, *(t.data for t in tests)], places, strict=True
-                )
-            ]
-            cells.append(
-                Cell(
-                    condition,
-                    corpora[0],
-                    corpora[1],
-                    tuple(zip(tests, corpora[2:], strict=True)),
-                )
-            )
-        return cells
-
-    def _corpus(self, reference: str, condition: Condition, where: str) -> Corpus:
-        language, target = condition.source_language, condition.target_language
-        if reference.startswith("lab:"):
-            name, _, split = reference.partition("/")
-            item = lab_item(name, "data", where)
-            if split not in LAB_SPLITS:
-                raise InvalidInput(
-                    f"{name} has no split {split or '(none given)'}",
-                    where,
-                    f"one of: {', '.join(LAB_SPLITS)}",
-                )
-            for code in (language, target):
-                if code is not None and code not in SPEECH_LANGUAGES:
-                    raise InvalidInput(
-                        f"{name} does not have language {code}",
-                        f"{where.rpartition('.')[0]}.language",
-                        f"it has: {', '.join(SPEECH_LANGUAGES)}",
-                    )
-            node = self._build(item, language=language)
-            return Corpus(node, None, split, f"{name.removeprefix('lab:')}.{language}.{split}")
-        known = self.manifests.get((reference, condition.label))
-        if known is None:
-
-            def check(utterance: Utterance) -> None:
-                if target is not None and utterance.translation(target) is None:
-                    raise InvalidInput(
-                        f"utterance {utterance.id!r} of {reference} has no translation",
-                        where,
-                        f"add a field translation or text_{target} to every line",
-                    )
-
-            known = manifest_source(reference, self.base, where, self.digests, check)
-            self.manifests[reference, condition.label] = known
-        digest = known.fingerprint.partition(":")[2][:8]
-        return Corpus(None, known, None, f"{Path(reference).stem}.{digest}")
-
-    # --- what is done with it --------------------------------------------------------------
 
     def _features(
         self,
@@ -321,7 +123,7 @@ class _Layout:
                     heard = features[entry.name, cell.dev.label]
                     speech_maps[entry.name, label] = self._map(*speech, heard)
                     if sweep.maps.damage is not None:
-                        damages[entry.name, label] = self._damage(*speech, heard)
+                        damages[entry.name, label] = self._map(*speech, heard, "damage")
         for entry, _, _ in encoders:
             groups = [list(cells)] if sweep.share.heal else [[cell] for cell in cells]
             for group in groups:
@@ -429,39 +231,15 @@ class _Layout:
         modality: str,
         base: str | None,
         features: str | None,
-    ) -> str:
-        settings = self.sweep.maps.model_dump(include=set(MapSettings.model_fields))
-        settings |= {name: list(settings[name]) for name in ("pools", "criteria")}
-        return self._measured("map", settings, 2.0, decoder, entry, cell, modality, base, features)
-
-    def _damage(
-        self,
-        decoder: Decoder,
-        entry: EncoderEntry | None,
-        cell: Cell,
-        modality: str,
-        base: str | None,
-        features: str | None,
-    ) -> str:
-        assert self.sweep.maps.damage is not None
-        settings = self.sweep.maps.damage.model_dump(mode="json")
-        return self._measured(
-            "damage", settings, 6.0, decoder, entry, cell, modality, base, features
-        )
-
-    def _measured(
-        self,
-        kind: str,
-        settings: dict[str, Any],
-        cost: float,
-        decoder: Decoder,
-        entry: EncoderEntry | None,
-        cell: Cell,
-        modality: str,
-        base: str | None,
-        features: str | None,
+        kind: Literal["map", "damage"] = "map",
     ) -> str:
         """A stage that measures every block under one condition."""
+        maps = self.sweep.maps
+        if kind == "map":
+            settings = maps.model_dump(mode="json", include=set(MapSettings.model_fields))
+        else:
+            assert maps.damage is not None
+            settings = maps.damage.model_dump(mode="json")
         ported = _ports(
             ("decoder", decoder.node, decoder.source),
             ("data", cell.dev.node, cell.dev.source),
@@ -497,7 +275,7 @@ class _Layout:
                     "adapted": base is not None,
                     "layers": decoder.layers,
                 },
-                cost=cost,
+                cost=2.0 if kind == "map" else 6.0,
             )
         )
 
@@ -654,21 +432,6 @@ class _Layout:
                 cost=0.5,
             )
         )
-
-
-def _misnamed(reference: str, released: bool, where: str) -> InvalidInput:
-    if released:
-        return InvalidInput(
-            f"{reference} is a whole SpeechLLM, with encoder and projector of its own",
-            where,
-            f"write speechllm: {reference}",
-        )
-    return InvalidInput(
-        f"{reference} is no SpeechLLM that transformers supports: its config.json does not describe "
-        "an audio encoder and a text decoder",
-        where,
-        f"if it is a language model, write decoder: {reference}, and give encoders",
-    )
 
 
 def _own_encoder(decoder: Decoder) -> tuple[EncoderEntry, str | None, Source | None]:

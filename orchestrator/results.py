@@ -20,7 +20,7 @@ from orchestrator.reuse import decide
 from orchestrator.runs import StageRecord
 from orchestrator.store import Store
 from orchestrator.validation import validate
-from workers.redundancy import RedundancyMap
+from workers.maps.redundancy import RedundancyMap
 
 SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
 METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}

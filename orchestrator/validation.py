@@ -6,15 +6,17 @@ criterion that ranks like it, and whose choice costs no more, can stand for it.
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
-from workers.redundancy import RedundancyMap
+from orchestrator.consensus import mean_rank_correlation
+from workers.maps.redundancy import RedundancyMap
 
 VALIDATION = [
     "criterion", "pool", "depth", "spearman", "spearman_without_layer_0", "start", "best_start",
     "regret", "regret_ci_low", "regret_ci_high", "samples",
 ]  # fmt: skip
 RESAMPLES = 1000
+PAIR = np.array([0]), np.array([1])
+"""Rows of distances that are correlated: the criterion's and damage's."""
 
 
 def validate(measured: RedundancyMap, damage: RedundancyMap, seed: int = 0) -> pd.DataFrame:
@@ -52,17 +54,12 @@ def validate(measured: RedundancyMap, damage: RedundancyMap, seed: int = 0) -> p
             start, best = int(distances.argmin()), int(means.argmin())
             drawn = draws @ (lost[:, start] - lost[:, best]) / count
             low, high = np.percentile(drawn, [2.5, 97.5])
+            both = np.stack([distances, means])
+            ranks = [mean_rank_correlation(part, *PAIR) for part in (both, both[:, 1:])]
             rows.append(
                 (
-                    *measure, depth, _ranks(distances, means), _ranks(distances[1:], means[1:]),
-                    start, best, float(means[start] - means[best]), float(low), float(high), count,
+                    *measure, depth, *ranks, start, best, float(means[start] - means[best]), float(low), float(high), count,
                 )
             )  # fmt: skip
-    return pd.DataFrame(rows, columns=VALIDATION)
-
-
-def _ranks(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's rank correlation; NaN with fewer than three values, or where one is constant."""
-    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return float("nan")
-    return float(spearmanr(one, other).statistic)
+    floats = dict.fromkeys(["spearman", "spearman_without_layer_0"], "float64")
+    return pd.DataFrame(rows, columns=VALIDATION).astype(floats)

@@ -15,7 +15,7 @@ from workers.config import Condition, PromptSettings
 from workers.released.model import Released, open_released
 from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
 from workers.stages import Context, Input
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
 
 REMOVED = "removed.json"
 

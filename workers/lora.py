@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from workers.config import LoraSettings
-from workers.decoder_parts import decoder_layers
 from workers.errors import InvalidInput
+from workers.surgery.decoder_parts import decoder_layers
 
 
 def lora_config(decoder: PreTrainedModel, lora: LoraSettings) -> LoraConfig:

@@ -145,7 +145,7 @@ def _causal_lm(reference: str, dtype: str | torch.dtype, options: dict[str, Any]
 def _check_adapter_layers(reference: str, revision: str | None, decoder: Any) -> None:
     from safetensors import safe_open
 
-    from workers.decoder_parts import decoder_parts
+    from workers.surgery.decoder_parts import decoder_parts
 
     file = _file(reference, "adapter_model.safetensors", revision)
     if file is None:

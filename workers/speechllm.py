@@ -35,12 +35,12 @@ from workers.config import (
     RecordedPrompts,
     Settings,
 )
-from workers.decoder_parts import decoder_layers
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
 from workers.lora import lora_config
 from workers.projectors import Projector, build_projector
 from workers.released.projector import build_own_projector
+from workers.surgery.decoder_parts import decoder_layers
 
 if TYPE_CHECKING:
     from workers.released.audio import OwnEncoder

@@ -26,7 +26,7 @@ from workers.errors import InvalidInput
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workers.map_model import ModelMap
+    from workers.maps.model_map import ModelMap
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -114,8 +114,8 @@ def map_(
     import torch
 
     from orchestrator.validation import validate as hold_against
-    from workers.map_model import MapRequest, conditions_of, map_model
-    from workers.maps import CKA_TOKENS
+    from workers.maps.measure import CKA_TOKENS
+    from workers.maps.model_map import MapRequest, conditions_of, map_model
     from workers.model_folder import open_model
 
     quiet_libraries()

@@ -25,7 +25,7 @@ from orchestrator.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from workers.prune import PruneReport
+    from workers.surgery.prune import PruneReport
 
 
 @app.command()
@@ -65,8 +65,8 @@ def prune(
 ) -> None:
     """Remove decoder layers from a model, check the result, and save it as a folder that opens as before."""
     chosen = parse_layers(start, depth, layers)
-    from workers.prune import PruneSettings
-    from workers.prune import prune as run_prune
+    from workers.surgery.prune import PruneSettings
+    from workers.surgery.prune import prune as run_prune
 
     settings = PruneSettings(
         revision=revision,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.validation import VALIDATION, validate
-from workers.redundancy import Measure, RedundancyMap, Values, blocks_of
+from workers.maps.redundancy import Measure, RedundancyMap, Values, blocks_of
 
 LAYERS = 5
 

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from tiny_decoders import token_ids
 from tiny_speechllm import tiny_tokenizer
 
-from workers.decoder_parts import decoder_layers
+from workers.surgery.decoder_parts import decoder_layers
 
 
 def logits(model) -> torch.Tensor:

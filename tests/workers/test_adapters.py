@@ -21,7 +21,7 @@ from tiny_speechllm import tiny_tokenizer
 
 from workers.errors import InvalidInput
 from workers.model_folder import open_model
-from workers.prune import PruneSettings, prune
+from workers.surgery.prune import PruneSettings, prune
 
 REMOVED = [0, 2]
 ADAPTERS = {

@@ -9,13 +9,14 @@ from peft import LoraConfig, get_peft_model
 from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, tiny_text_config, token_ids
 from torch.nn import functional
 
-from workers import damage as damage_module
 from workers.batches import IGNORED
-from workers.damage import damage_map
 from workers.errors import InvalidInput, NotFinite
-from workers.maps import MapBatch
-from workers.redundancy import Measure, RedundancyMap, blocks_of
-from workers.surgery import decoder_layers, pruned
+from workers.maps import damage as damage_module
+from workers.maps.damage import damage_map
+from workers.maps.measure import MapBatch
+from workers.maps.redundancy import Measure, RedundancyMap, blocks_of
+from workers.surgery.cut import pruned
+from workers.surgery.decoder_parts import decoder_layers
 
 LENGTHS = (12, 9, 6)
 FIRST_TARGET = 3

@@ -7,7 +7,7 @@ from workers.batches import collate, encode
 from workers.config import DecodeSettings
 from workers.decoding import end_tokens, greedy, token_cap
 from workers.errors import InvalidInput
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
 
 SETTINGS = DecodeSettings(batch_size=4, tokens_per_second=5, extra_tokens=8)
 

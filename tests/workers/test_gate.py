@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_decoders import LAYERS, tiny_lm, token_ids
 
-from workers.decoder_parts import decoder_layers
 from workers.errors import InvalidInput
-from workers.gate import reload_gate, save_pruned
-from workers.surgery import remove_layers
+from workers.surgery.cut import remove_layers
+from workers.surgery.decoder_parts import decoder_layers
+from workers.surgery.gate import reload_gate, save_pruned
 
 
 class TestGate:

@@ -18,11 +18,11 @@ from tiny_folders import (
 from tiny_released import granite_speech, qwen2_audio, voxtral
 from tiny_speechllm import tiny_decoder, tiny_tokenizer
 
-from workers import map_model as module
 from workers.errors import InvalidInput
-from workers.map_model import MapRequest, conditions_of, map_model
+from workers.maps import model_map as module
+from workers.maps.model_map import MapRequest, conditions_of, map_model
+from workers.maps.redundancy import Measure
 from workers.model_folder import model_kind, open_model
-from workers.redundancy import Measure
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from torch import nn
 
 from workers.config import CHEAP_CRITERIA, POOLS
 from workers.errors import InvalidInput, NotFinite
-from workers.maps import MapBatch, _hsic, redundancy_map
-from workers.redundancy import Measure, RedundancyMap, Values, blocks_of
-from workers.surgery import decoder_layers, decoder_parts
+from workers.maps.measure import MapBatch, _hsic, redundancy_map
+from workers.maps.redundancy import Measure, RedundancyMap, Values, blocks_of
+from workers.surgery.decoder_parts import decoder_layers, decoder_parts
 
 LENGTHS = (9, 4, 12, 6, 7)
 DEPTH = 4
@@ -343,9 +343,9 @@ def test_bad_batches():
 def test_large_batches_are_split(monkeypatch):
     model = tiny_lm("llama", DEPTH)
     whole = redundancy_map(model, batched(utterances(), 5))
-    monkeypatch.setattr("workers.maps._STATE_BYTES", 2 * 12 * 32 * 4 * (DEPTH + 1))
-    monkeypatch.setattr("workers.maps._CHUNK_TOKENS", 3)
-    monkeypatch.setattr("workers.maps._CHUNK_BYTES", (1, 1))
+    monkeypatch.setattr("workers.maps.measure._STATE_BYTES", 2 * 12 * 32 * 4 * (DEPTH + 1))
+    monkeypatch.setattr("workers.maps.measure._CHUNK_TOKENS", 3)
+    monkeypatch.setattr("workers.maps.measure._CHUNK_BYTES", (1, 1))
     sizes = []
 
     def count(module, args):

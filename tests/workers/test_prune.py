@@ -12,13 +12,13 @@ from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, token_ids
 from tiny_multimodal import RELEASED, gemma3_multimodal
 from tiny_speechllm import shake, tiny_speechllm
 
-from workers.decoder_parts import decoder_layers
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
-from workers.provenance import original_layers, read_provenance
-from workers.prune import PruneSettings, prune
 from workers.speechllm import SpeechLLM, open_tokenizer
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
+from workers.surgery.decoder_parts import decoder_layers
+from workers.surgery.provenance import original_layers, read_provenance
+from workers.surgery.prune import PruneSettings, prune
 
 STREAMED = PruneSettings(streamed=True)
 IN_MEMORY = PruneSettings(streamed=False)

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_decoders import built, tiny_lm
 from tiny_speechllm import tiny_speechllm
 
-from workers import model_files
 from workers.config import ProjectorConfig
 from workers.errors import InvalidInput
-from workers.prune import PruneSettings, prune
 from workers.speechllm import SpeechLLMConfig
+from workers.surgery import model_files
+from workers.surgery.prune import PruneSettings, prune
 
 STREAMED = PruneSettings(streamed=True)
 IN_MEMORY = PruneSettings(streamed=False)
@@ -146,7 +146,7 @@ def test_a_failed_check_leaves_nothing(llama, monkeypatch):
         file.write_bytes(content)
         return copy(source, out, **options)
 
-    monkeypatch.setattr("workers.prune.copy_companions", spoiling)
+    monkeypatch.setattr("workers.surgery.prune.copy_companions", spoiling)
     error = refuse(llama, "logits differ", settings=PruneSettings(check="full"))
     assert error.where == str(llama.parent / "out")
 

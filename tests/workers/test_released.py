@@ -38,7 +38,8 @@ from workers.released.audio import OwnEncoder
 from workers.released.logmel import LogMelExtractor
 from workers.released.model import open_released
 from workers.speechllm import SpeechLLM
-from workers.surgery import pruned, unique_parameters
+from workers.surgery.cut import pruned
+from workers.surgery.decoder_parts import unique_parameters
 from workers.training import logits_at
 
 AST = Condition(task="ast", source_language="de", target_language="en")

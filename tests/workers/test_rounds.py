@@ -9,7 +9,7 @@ from tiny_speechllm import shake, tiny_examples, tiny_speechllm
 from workers.config import DecodeSettings, TrainSettings
 from workers.decoding import greedy
 from workers.errors import InvalidInput
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
 from workers.training import train
 
 ROUNDS = [

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from workers.errors import InvalidInput
-from workers.gate import stored_gate
-from workers.shards import (
+from workers.surgery.gate import stored_gate
+from workers.surgery.shards import (
     BUFFER_BYTES,
     digest_of,
     layer_prefixes,

@@ -26,7 +26,7 @@ from workers.decoding import greedy
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
 from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
 
 SETTINGS = DecodeSettings(tokens_per_second=2, extra_tokens=6)
 

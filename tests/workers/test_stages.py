@@ -29,7 +29,7 @@ from workers.errors import NotFinite
 from workers.examples import examples_of
 from workers.features import Features
 from workers.lab.grammar import tokenizer
-from workers.redundancy import RedundancyMap
+from workers.maps.redundancy import RedundancyMap
 from workers.stages import STAGES, Context, Input
 from workers.training import logits_at
 

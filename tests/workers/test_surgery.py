@@ -11,11 +11,11 @@ from tiny_decoders import FAMILIES, LAYERS, built, tiny_lm, tiny_text_config, to
 from tiny_multimodal import gemma3_multimodal, qwen2_audio
 from torch import nn
 
-from workers.cut_config import refuse_uncuttable
-from workers.decoder_parts import decoder_layers, decoder_parts, unique_parameters
 from workers.errors import InvalidInput
-from workers.gate import reload_gate, save_pruned
-from workers.surgery import pruned, remove_layers
+from workers.surgery.cut import pruned, remove_layers
+from workers.surgery.cut_config import refuse_uncuttable
+from workers.surgery.decoder_parts import decoder_layers, decoder_parts, unique_parameters
+from workers.surgery.gate import reload_gate, save_pruned
 
 CUTS = {"first": [0, 1], "middle": [2, 3], "last": [4, 5], "scattered": [5, 0, 3]}
 

@@ -8,7 +8,7 @@ from workers.batches import Example, batches, collate, encode, sorted_batches
 from workers.config import LoraSettings, ProjectorConfig, TrainSettings
 from workers.errors import InvalidInput, NotFinite
 from workers.lora import fused_lora
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
 from workers.training import align_projector, learning_rate_factor, logits_at, train
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr_decoder=1e-2, lr_projector=1e-2)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.config import DamageSettings
-from workers.damage import damage_map
-from workers.map_inputs import example_batches
+from workers.maps.damage import damage_map
+from workers.maps.inputs import example_batches
 from workers.stages import Context, Input
 from workers.stages.map import mapped_model
 

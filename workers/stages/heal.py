@@ -10,7 +10,7 @@ from workers.examples import training_examples
 from workers.speechllm import Part
 from workers.stages import Context, Input
 from workers.stages.curve import write_curve
-from workers.surgery import pruned
+from workers.surgery.cut import pruned
 from workers.training import train
 
 TRAINED: dict[str, set[Part]] = {

@@ -11,8 +11,8 @@ from workers.config import Condition, MapSettings, PromptSettings
 from workers.data import read_utterances, spread
 from workers.examples import examples_of
 from workers.features import Features
-from workers.map_inputs import example_batches
-from workers.maps import redundancy_map
+from workers.maps.inputs import example_batches
+from workers.maps.measure import redundancy_map
 from workers.speechllm import SpeechLLM
 from workers.stages import Context, Input
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from workers.cut_config import (
+from workers.errors import InvalidInput
+from workers.surgery.cut_config import (
     INDEX_NAMES,
     WHOLE,
     check_rebuilt,
@@ -19,13 +20,11 @@ from workers.cut_config import (
     cut_settings,
     refuse_uncuttable,
 )
-from workers.decoder_parts import DecoderParts as DecoderParts
-from workers.decoder_parts import count_parameters
-from workers.decoder_parts import decoder_layers as decoder_layers
-from workers.decoder_parts import decoder_parts as decoder_parts
-from workers.decoder_parts import evaluating as evaluating
-from workers.decoder_parts import unique_parameters as unique_parameters
-from workers.errors import InvalidInput
+from workers.surgery.decoder_parts import (
+    count_parameters,
+    decoder_parts,
+    unique_parameters,
+)
 
 
 def remove_layers(model: nn.Module, layers: Sequence[int]) -> None:

@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 
 from workers.batches import Encoded, Modality, encode
 from workers.config import POOLS, Condition, Criterion, Pool
-from workers.damage import damage_map
 from workers.data import spread, utterance_audio
 from workers.errors import InvalidInput
 from workers.examples import example_of
 from workers.features import Encoder
 from workers.manifest import Utterance, read_manifest
-from workers.map_inputs import TextSample, check_length, example_batches, text_batches, text_tokens
-from workers.maps import MapBatch, redundancy_map
+from workers.maps.damage import damage_map
+from workers.maps.inputs import TextSample, check_length, example_batches, text_batches, text_tokens
+from workers.maps.measure import MapBatch, redundancy_map
+from workers.maps.redundancy import RedundancyMap
 from workers.model_folder import OpenedModel
-from workers.redundancy import RedundancyMap
 from workers.speechllm import SpeechLLM, SpeechLLMConfig
-from workers.surgery import decoder_parts
+from workers.surgery.decoder_parts import decoder_parts
 
 WINDOW = 8
 """Batches' worth of audio encoded and sorted by length at a time: memory stays flat."""

@@ -16,10 +16,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from workers.adapters import Adapter, adapter_tensors
 from workers.errors import InvalidInput
-from workers.gate import probe_inputs, reload_gate, same_model
-from workers.model_cut import (
+from workers.model_folder import ModelKind, model_kind
+from workers.speechllm import SpeechLLM
+from workers.surgery.adapters import Adapter, adapter_tensors
+from workers.surgery.cut import remove_layers
+from workers.surgery.gate import probe_inputs, reload_gate, same_model
+from workers.surgery.model_cut import (
     CutModel,
     NotStreamable,
     Step,
@@ -27,7 +30,7 @@ from workers.model_cut import (
     cut_streamed,
     open_for_cutting,
 )
-from workers.model_files import (
+from workers.surgery.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
     INDEX,
@@ -42,12 +45,9 @@ from workers.model_files import (
     weight_files,
     write_json,
 )
-from workers.model_folder import ModelKind, model_kind
-from workers.provenance import write_provenance
-from workers.shards import read_headers
-from workers.skeleton import model_class, opener, quiet_transformers, read_config
-from workers.speechllm import SpeechLLM
-from workers.surgery import remove_layers
+from workers.surgery.provenance import write_provenance
+from workers.surgery.shards import read_headers
+from workers.surgery.skeleton import model_class, opener, quiet_transformers, read_config
 
 Check = Literal["stored", "full"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from workers.config import CHEAP_CRITERIA, POOLS, Criterion, Pool
 from workers.errors import InvalidInput, NotFinite
-from workers.redundancy import Measure, RedundancyMap, Values, pairs_of
-from workers.surgery import DecoderParts, decoder_parts, evaluating
+from workers.maps.redundancy import Measure, RedundancyMap, Values, pairs_of
+from workers.surgery.decoder_parts import DecoderParts, decoder_parts, evaluating
 
 _STATE_BYTES = 2 << 30
 """States of one forward pass kept at a time; larger batches are split by rows."""

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from workers.batches import IGNORED
 from workers.errors import InvalidInput, NotFinite
-from workers.maps import MapBatch, note_seen, run_body, stream_of
-from workers.redundancy import Measure, RedundancyMap, Values, blocks_of
-from workers.surgery import DecoderParts, decoder_parts, evaluating
+from workers.maps.measure import MapBatch, note_seen, run_body, stream_of
+from workers.maps.redundancy import Measure, RedundancyMap, Values, blocks_of
+from workers.surgery.decoder_parts import DecoderParts, decoder_parts, evaluating
 
-_CALL_TOKENS = (4096, 65536)
-"""Tokens in one call of a layer, on a CPU and on an accelerator."""
+_CALL_TOKENS = (1024, 65536)
+"""Tokens in one call of a layer, on a CPU (what its cache holds) and on an accelerator."""
 _RUN_BYTES = 1 << 30
 """States of all open runs on a CPU; an accelerator gives half of what it has free."""
 _LOGIT_BYTES = (64 << 20, 1 << 30)

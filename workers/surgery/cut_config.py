@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from workers.decoder_parts import DecoderParts, decoder_parts, unwrapped
 from workers.errors import InvalidInput, first_line
+from workers.surgery.decoder_parts import DecoderParts, decoder_parts, unwrapped
 
 # Where a module keeps the number of its layer; what these say is renumbered.
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")

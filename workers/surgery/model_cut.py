@@ -16,11 +16,12 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from workers.decoder_parts import decoder_parts, unique_parameters
 from workers.errors import InvalidInput, first_line
-from workers.gate import fit_gate, save_pruned, stored_gate
-from workers.model_files import ADAPTER, ADAPTER_CONFIG, weight_files
-from workers.shards import (
+from workers.surgery.cut import remove_layers
+from workers.surgery.decoder_parts import decoder_parts, unique_parameters
+from workers.surgery.gate import fit_gate, save_pruned, stored_gate
+from workers.surgery.model_files import ADAPTER, ADAPTER_CONFIG, weight_files
+from workers.surgery.shards import (
     Progress,
     StoredTensor,
     layer_prefixes,
@@ -28,7 +29,7 @@ from workers.shards import (
     renumbered,
     write_shards,
 )
-from workers.skeleton import (
+from workers.surgery.skeleton import (
     Fit,
     ModelClass,
     fit,
@@ -38,7 +39,6 @@ from workers.skeleton import (
     read_config,
     skeleton,
 )
-from workers.surgery import remove_layers
 
 Step = Callable[[str, int, int], None]
 """Called with what is being done, and bytes done of bytes in all (0 of 0: not measured)."""

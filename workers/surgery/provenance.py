@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import InvalidInput
-from workers.model_files import read_json, write_json
+from workers.surgery.model_files import read_json, write_json
 
 PROVENANCE = "layersweep.json"
 FORMAT = 1

@@ -18,13 +18,13 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from workers.decoder_parts import decoder_layers, decoder_parts
 from workers.errors import InvalidInput, first_line
-from workers.model_cut import kept_layers
-from workers.model_files import ADAPTER, ADAPTER_CONFIG, read_json, write_json
-from workers.shards import StoredTensor, copy_tensors, digest_of, read_headers, renumbered
-from workers.skeleton import model_class, read_config, skeleton
-from workers.surgery import remove_layers
+from workers.surgery.cut import remove_layers
+from workers.surgery.decoder_parts import decoder_layers, decoder_parts
+from workers.surgery.model_cut import kept_layers
+from workers.surgery.model_files import ADAPTER, ADAPTER_CONFIG, read_json, write_json
+from workers.surgery.shards import StoredTensor, copy_tensors, digest_of, read_headers, renumbered
+from workers.surgery.skeleton import model_class, read_config, skeleton
 
 _OUTER = "base_model.model."
 """What peft puts before a module's name in files."""

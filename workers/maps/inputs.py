@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workers.batches import IGNORED, Encoded, collate, sorted_batches
 from workers.config import Pool
 from workers.errors import InvalidInput
-from workers.maps import MapBatch
+from workers.maps.measure import MapBatch
 from workers.speechllm import SpeechLLM
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from workers.errors import InvalidInput, first_line
-from workers.model_files import INDEX, WEIGHTS, write_json
+from workers.surgery.model_files import INDEX, WEIGHTS, write_json
 
 BUFFER_BYTES = 4 * 2**20
 Progress = Callable[[int, int], None]

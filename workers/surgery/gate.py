@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from workers.decoder_parts import evaluating, unique_parameters, unwrapped
 from workers.errors import InvalidInput, first_line
-from workers.model_files import refuse_in_use
-from workers.shards import StoredTensor, digest_of
-from workers.skeleton import ModelClass, fit, opener, quiet_transformers
+from workers.surgery.decoder_parts import evaluating, unique_parameters, unwrapped
+from workers.surgery.model_files import refuse_in_use
+from workers.surgery.shards import StoredTensor, digest_of
+from workers.surgery.skeleton import ModelClass, fit, opener, quiet_transformers
 
 
 def save_pruned(

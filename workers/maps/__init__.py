@@ -1,0 +1,1 @@
+"""Redundancy maps: measuring them (`measure`, `damage`), what one holds (`redundancy`), a model's own."""
