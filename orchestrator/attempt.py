@@ -33,7 +33,8 @@ def run_attempt(payload: dict[str, Any], rank: int, ranks: int) -> dict[str, Any
 
     Args:
         payload: `id`, `kind`, `key`, `params`, `inputs` (role → [kind, key]), `sources` (role →
-            path, revision, fingerprint), `store`, `log`, `provenance`.
+            path, revision, fingerprint), `store`, `log`, `provenance`, and `checkpoint_seconds` (None: none
+            are kept).
         rank: this process's rank in its lease.
         ranks: ranks of the lease.
 
@@ -92,11 +93,18 @@ def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float)
         inputs[role] = Input(source["path"], source["revision"])
     import torch
 
+    from workers.checkpoints import Checkpoints
+
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    seconds = payload["checkpoint_seconds"]
+    checkpoints = None
+    if seconds is not None:
+        checkpoints = Checkpoints(store.path(kind, f".{key}.checkpoint"), seconds)
     context = Context(
         progress=_Progress(),
         device="cuda" if torch.cuda.is_available() else "cpu",
         resident=_RESIDENT,
+        checkpoints=checkpoints,
     )
     temporary = store.begin(kind, key)
     try:
@@ -126,6 +134,8 @@ def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float)
                 },
             )
             _VERIFIED.add((kind, key))
+            if checkpoints is not None:
+                checkpoints.clear()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return summary

@@ -72,6 +72,8 @@ class Driver:
         slots: jobs at once.
         provenance: written into every stage (the commit, the user's version of this program).
         listener: whoever watches.
+        assessment: the plan held against the store, where that is known already.
+        checkpoint_seconds: how often a training job keeps what it needs to go on; None: never.
     """
 
     plan: Plan
@@ -82,6 +84,7 @@ class Driver:
     provenance: dict[str, Any]
     listener: Listener
     assessment: Assessment | None = None
+    checkpoint_seconds: float | None = None
     state: dict[str, str] = field(default_factory=dict)
     """Per node: `waiting`, `ready`, `running`, `done`, `failed` or `blocked`."""
     model_loads: int = 0
@@ -257,6 +260,7 @@ class Driver:
             "store": str(self.store.root),
             "log": str(log),
             "provenance": self.provenance,
+            "checkpoint_seconds": self.checkpoint_seconds,
         }
         slot.node_id, slot.started = node_id, time.monotonic()
         slot.reference = slot.lease.submit(TARGET, payload)[0]

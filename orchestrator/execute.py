@@ -73,8 +73,17 @@ def execute(
                         f"{slots} job(s) at once on {capacity.nodes} node(s)"
                     )
                 with _watch(console, plain, len(plan.nodes)) as watch:
+                    minutes = sweep.resources.checkpoint_minutes
                     driver = Driver(
-                        plan, store, folder, shape, slots, _provenance(), watch, assessment
+                        plan,
+                        store,
+                        folder,
+                        shape,
+                        slots,
+                        _provenance(),
+                        watch,
+                        assessment,
+                        None if minutes is None else 60 * minutes,
                     )
                     outcome = driver.execute()
                 loads = driver.model_loads

@@ -230,6 +230,9 @@ class Resources(Settings):
     """CPU cores (and threads) a job."""
     gpus: float | None = Field(None, ge=0)
     """GPUs a job; None: one where the cluster has GPUs, else none."""
+    checkpoint_minutes: float | None = Field(5.0, ge=0)
+    """A job that is killed while it trains or decodes goes on from what it kept this often; 0: after
+    each step, null: never. Changes no result."""
 
 
 class Sweep(Settings):

@@ -1,7 +1,8 @@
 """Greedy decoding with a key-value cache, a limit per utterance, and no work for finished rows."""
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workers.batches import Encoded, Example, Modality, collate, encode, sorted_batches
+from workers.checkpoints import Checkpoints, place_of
 from workers.config import DecodeSettings
 from workers.errors import InvalidInput
 from workers.lora import fused_lora
@@ -58,6 +60,7 @@ def greedy(
     examples: Sequence[Example],
     settings: DecodeSettings,
     modality: Modality = "speech",
+    checkpoints: Checkpoints | None = None,
 ) -> list[Hypothesis]:
     """Writes the most probable token, again and again, until the end or the limit.
 
@@ -66,6 +69,7 @@ def greedy(
         examples: conditions may be mixed.
         settings: batch and limits.
         modality: what stands in the audio's place.
+        checkpoints: what is decoded is kept there as it goes, and not decoded again.
 
     Returns:
         One hypothesis for each example, in their order.
@@ -81,12 +85,18 @@ def greedy(
     # Utterances of like limits end together, and limits follow lengths.
     order = sorted_batches([item.length + cap for item, cap in zip(encoded, caps, strict=True)],
                            settings.batch_size)  # fmt: skip
-    written: dict[int, tuple[list[int], bool]] = {}
+    written = _kept(checkpoints, model.device)
+    kept = time.monotonic()
     with fused_lora(model.decoder):
         for batch in order:
+            if all(i in written for i in batch):
+                continue
             limits = [caps[i] for i in batch]
             answers = _decode_batch(model, [encoded[i] for i in batch], limits, ends)
             written.update(zip(batch, answers, strict=True))
+            if checkpoints is not None and time.monotonic() - kept >= checkpoints.seconds:
+                _keep(checkpoints, written, model.device)
+                kept = time.monotonic()
     texts = model.tokenizer.batch_decode(
         [written[i][0] for i in range(len(examples))],
         skip_special_tokens=True,
@@ -96,6 +106,31 @@ def greedy(
         Hypothesis(example.id, text.strip(), tuple(written[i][0]), written[i][1])
         for i, (example, text) in enumerate(zip(examples, texts, strict=True))
     ]
+
+
+def _keep(
+    checkpoints: Checkpoints, written: Mapping[int, tuple[list[int], bool]], device: torch.device
+) -> None:
+    tensors = {
+        "utterances": torch.tensor(list(written)),
+        "lengths": torch.tensor([len(tokens) for tokens, _ in written.values()]),
+        "tokens": torch.tensor([t for tokens, _ in written.values() for t in tokens]).long(),
+        "capped": torch.tensor([capped for _, capped in written.values()]),
+    }
+    checkpoints.write(len(written), tensors, place_of(device))
+
+
+def _kept(
+    checkpoints: Checkpoints | None, device: torch.device
+) -> dict[int, tuple[list[int], bool]]:
+    """Answers that an earlier process has decoded, by number of the utterance."""
+    saved = None if checkpoints is None else checkpoints.newest(**place_of(device))
+    if saved is None:
+        return {}
+    lists = {name: tensor.tolist() for name, tensor in saved.tensors.items()}
+    tokens = iter(lists["tokens"])
+    rows = zip(lists["utterances"], lists["lengths"], lists["capped"], strict=True)
+    return {i: ([next(tokens) for _ in range(length)], capped) for i, length, capped in rows}
 
 
 def _decode_batch(

@@ -4,10 +4,11 @@ The effective batch never depends on how it is split into micro-batches: the los
 all target tokens of the whole batch. Logits are computed at target positions alone.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from workers.batches import (
     batches,
     collate,
     encode,
-    pad_frames,
 )
+from workers.checkpoints import Checkpoints, place_of
 from workers.config import TrainSettings
 from workers.errors import InvalidInput, NotFinite
 from workers.lora import fused_lora
@@ -64,6 +65,7 @@ def train(
     modality: Modality = "speech",
     progress: Progress | None = None,
     log_every: int = 10,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainReport:
     """Trains in place what `trainable` names and nothing else.
 
@@ -75,8 +77,10 @@ def train(
             order.
         trainable: `projector`, `decoder` (its LoRA weights) or both.
         modality: what stands in the audio's place.
-        progress: called every `log_every` steps and after the last.
+        progress: called every `log_every` steps, after the last, and where it goes on from a checkpoint.
         log_every: steps between calls.
+        checkpoints: kept as it goes. Where there is one of this run on this device, it goes on from
+            there, and ends with the weights, bit for bit, of a run that was never interrupted.
 
     Raises:
         InvalidInput: no examples, nothing to train, or examples that cannot be encoded.
@@ -99,13 +103,18 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     parameters = [p for group in groups for p in _parameters(group)]
-    order = _endless_batches([item.length for item in encoded], settings.batch_size, seed)
-    losses, norms = [], []
-    tokens = positions = 0
+    order = endless_batches([item.length for item in encoded], settings.batch_size, seed)
+    run = _Run(model.device, parameters, optimizer)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _learning(model, parameters), fused_lora(model.decoder):
+    with torch.random.fork_rng(devices), learning(model, parameters), fused_lora(model.decoder):
         torch.manual_seed(seed)
-        for step in range(settings.steps):
+        if checkpoints is not None:
+            run.resume(checkpoints)
+        if progress and run.step:
+            progress(run.step, settings.steps, run.losses[-1])
+        order = itertools.islice(order, run.step, None)
+        kept = time.monotonic()
+        for step in range(run.step, settings.steps):
             factor = learning_rate_factor(settings, step)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -122,14 +131,24 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
-            norms.append(norm)
-            tokens += count
-            positions += sum(item.length for item in batch)
+            run.losses.append(loss)
+            run.norms.append(norm)
+            run.tokens += count
+            run.positions += sum(item.length for item in batch)
             done = step + 1
+            due = checkpoints is not None and time.monotonic() - kept >= checkpoints.seconds
+            if checkpoints is not None and due and done < settings.steps:
+                run.keep(checkpoints)
+                kept = time.monotonic()
             if progress and (done % log_every == 0 or done == settings.steps):
                 progress(done, settings.steps, loss)
-    return TrainReport(losses, norms, time.monotonic() - began, tokens, positions)
+    seconds = time.monotonic() - began
+    return TrainReport(run.losses, run.norms, seconds, run.tokens, run.positions)
+
+
+def resumable(model: SpeechLLM, checkpoints: Checkpoints | None) -> bool:
+    """Whether `train` would go on from a checkpoint, and not begin anew."""
+    return checkpoints is not None and checkpoints.newest(**place_of(model.device)) is not None
 
 
 def learning_rate_factor(settings: TrainSettings, step: int) -> float:
@@ -179,84 +198,61 @@ def logits_at(model: SpeechLLM, inputs: Inputs, mask: Tensor) -> Tensor:
     return output.logits[0]
 
 
-def align_projector(
-    model: SpeechLLM,
-    examples: Sequence[Example],
-    *,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-) -> list[float]:
-    """Warms the projector up from word times, without running the decoder.
+@dataclass
+class _Run:
+    """What a training run has come to: all that its next step depends on, apart from its input."""
 
-    Each embedding whose time falls into a word is drawn towards the mean of that word's frozen
-    token embeddings: `1 - cosine` plus the squared error relative to the size of the target.
+    device: torch.device
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    positions: int = 0
 
-    Args:
-        model: whose projector is trained in place.
-        examples: with frames, duration and words (`word, start, end` in seconds).
-        steps: optimizer steps, with a cosine from `lr` to 0.
-        lr: peak learning rate.
-        batch_size: utterances per step.
-        seed: of the order of the data.
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
 
-    Returns:
-        The loss of each step.
+    def keep(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint."""
+        tensors = {f"parameter.{i}": p.data for i, p in enumerate(self.parameters)}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+        tensors["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["norms"] = torch.tensor(self.norms, dtype=torch.float64)
+        counts = {"tokens": self.tokens, "positions": self.positions}
+        checkpoints.write(self.step, tensors, {**counts, **place_of(self.device)})
 
-    Raises:
-        InvalidInput: no example has words.
-        NotFinite: the loss became NaN or infinite.
-    """
-    # The same audio under several conditions teaches the same thing once.
-    distinct = list(
-        {(e.id, e.source_text): e for e in examples if e.words and e.frames is not None}.values()
-    )
-    if not distinct:
-        raise InvalidInput(
-            "no training example has word times",
-            "adapt.alignment_steps",
-            "set it to 0, or give the data a words column",
-        )
-    targets, vocabulary = _word_embeddings(model, distinct)
-    rows = [_aligned_words(model, example, vocabulary) for example in distinct]
-    size = targets.square().mean(-1).clamp(min=1e-12)
-    parameters = model.parameters_of("projector")
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
-    order = _endless_batches([len(row) for row in rows], batch_size, seed)
-    losses = []
-    with _learning(model, parameters):
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-            chosen = next(order)
-            embeddings, _ = model.projector(
-                *pad_frames([distinct[i] for i in chosen], model.device)
-            )
-            words = np.full(embeddings.shape[:2], -1, dtype=np.int64)
-            for row, i in enumerate(chosen):
-                words[row, : len(rows[i])] = rows[i]
-            word = torch.from_numpy(words).to(model.device)
-            covered = word >= 0
-            predicted, index = embeddings[covered], word[covered]
-            target = targets[index]
-            cosine = functional.cosine_similarity(predicted, target, dim=-1)
-            error = (predicted - target).square().mean(-1) / size[index]
-            loss = (1 - cosine + error).mean()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise NotFinite(
-                    f"the alignment's loss is {losses[-1]} at step {step + 1} (utterances "
-                    f"{', '.join(distinct[i].id for i in chosen)})",
-                    "adapt.alignment_lr",
-                    "lower it, or look at these utterances",
-                )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return losses
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint of this device, if there is one."""
+        saved = checkpoints.newest(**place_of(self.device))
+        if saved is None:
+            return
+        tensors = saved.tensors
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"parameter.{i}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if part == "optimizer":
+                number, _, what = rest.partition(".")
+                state.setdefault(int(number), {})[what] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        torch.set_rng_state(tensors["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.losses, self.norms = tensors["losses"].tolist(), tensors["norms"].tolist()
+        self.tokens, self.positions = saved.record["tokens"], saved.record["positions"]
 
 
-class _learning:  # noqa: N801
+class learning:  # noqa: N801
     """Gradients for some parameters while the block runs; LoRA's dropout is on, the rest is not."""
 
     def __init__(self, model: SpeechLLM, parameters: Sequence[nn.Parameter]) -> None:
@@ -297,7 +293,8 @@ def _backward(model: SpeechLLM, batch: Sequence[Encoded], count: int, step: int)
     return value
 
 
-def _endless_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+def endless_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """`batches`, epoch after epoch."""
     epoch = 0
     while True:
         yield from batches(lengths, batch_size, seed, epoch)
@@ -318,37 +315,3 @@ def _parameters(group: dict[str, object]) -> list[nn.Parameter]:
 def _ids(batch: Sequence[Encoded]) -> str:
     shown = ", ".join(item.example.id for item in batch[:8])
     return shown + (f" and {len(batch) - 8} more" if len(batch) > 8 else "")
-
-
-def _word_embeddings(
-    model: SpeechLLM, examples: Sequence[Example]
-) -> tuple[Tensor, dict[str, int]]:
-    """The mean embedding of each distinct word `[words, decoder_dim]`, and the words' rows."""
-    vocabulary = {w: i for i, w in enumerate(sorted({w for e in examples for w, _, _ in e.words}))}
-    tokens = model.tokenizer([f" {word}" for word in vocabulary], add_special_tokens=False)
-    table = model.causal_lm.get_input_embeddings().weight.detach()
-    means = [
-        table[torch.tensor(ids, device=table.device)].float().mean(0)
-        if ids
-        else table.new_zeros(table.shape[1], dtype=torch.float32)
-        for ids in tokens["input_ids"]
-    ]
-    return torch.stack(means), vocabulary
-
-
-def _aligned_words(model: SpeechLLM, example: Example, vocabulary: dict[str, int]) -> np.ndarray:
-    """Row of the word that covers the middle of each of an utterance's embeddings; -1 for none."""
-    assert example.frames is not None
-    frames = len(example.frames)
-    positions = model.projector.output_length(frames)
-    # The last window may reach beyond the audio.
-    windows = -(-frames // model.projector.stack) * model.projector.stack
-    seconds = example.duration * windows / frames / positions
-    middles = (np.arange(positions) + 0.5) * seconds
-    covering = np.full(positions, -1, dtype=np.int64)
-    for word, start, end in example.words:
-        inside = (middles >= start) & (middles < end)
-        if not inside.any():
-            inside[int(np.abs(middles - (start + end) / 2).argmin())] = True
-        covering[inside] = vocabulary[word]
-    return covering

@@ -1,12 +1,15 @@
 """A miniature sweep, end to end through Ray: run, resume, status, logs, report, faults."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from conftest import CONFIGS, PROGRAM, layersweep
@@ -143,6 +146,43 @@ def test_a_killed_driver_changes_nothing_in_the_tables(smoke, tmp_path):
     assert len(committed) == len(set(committed)), "nothing that was committed is done twice"
     assert data["reused"] < data["done"]
     assert tables(folder / "runs" / "smoke") == tables(smoke.run)
+
+
+def test_a_killed_worker_goes_on_from_its_checkpoint(smoke, tmp_path):
+    folder = smoke.copy_to(tmp_path, "build", "encode")
+    command = [PROGRAM, "run", SMOKE, "--set", "resources.checkpoint_minutes=0"]
+    command += ["--set", "depths=[0]", "--set", "heal.modes=[none]"]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    killed = 0
+    while not killed:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        for file in folder.glob("store/adapt/.*.checkpoint/step-*"):
+            killed = int(file.name[5:13]) if int(file.name[5:13]) > 11 else 0
+        time.sleep(0.005)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.cmdline() and child.cmdline()[0].startswith("ray::Rank"):
+                child.kill()
+    assert process.wait(timeout=240) == 0, process.stdout.read()
+    run = RunFolder(folder / "runs" / "smoke")
+    retried = [e for e in run.events() if e["event"] == "retry"]
+    assert {e["class"] for e in retried} == {"preempted"}
+    steps = [
+        int(found[1])
+        for log in (run.path / "logs").glob("adapt.*.2.log")
+        for found in [re.search(r"step (\d+) of 30", log.read_text())]
+    ]
+    assert max(steps) >= killed, "the second attempt began where the first had come to"
+    for folder_of in sorted((smoke.folder / "store" / "adapt").iterdir()):
+        for file in ("projector.safetensors", "adapter/adapter_model.safetensors"):
+            again = folder / "store" / "adapt" / folder_of.name / file
+            assert again.read_bytes() == (folder_of / file).read_bytes()
+    assert not list(folder.glob("store/adapt/.*.checkpoint")), "nothing is left of them"
 
 
 def broken_sweep(smoke, folder):

@@ -4,12 +4,13 @@ import pytest
 import torch
 from tiny_speechllm import shake, tiny_examples, tiny_speechllm
 
+from workers.alignment import align_projector
 from workers.batches import Example, batches, collate, encode, sorted_batches
 from workers.config import LoraSettings, ProjectorConfig, TrainSettings
 from workers.errors import InvalidInput, NotFinite
 from workers.lora import fused_lora
 from workers.surgery.cut import pruned
-from workers.training import align_projector, learning_rate_factor, logits_at, train
+from workers.training import learning_rate_factor, logits_at, train
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr_decoder=1e-2, lr_projector=1e-2)
 

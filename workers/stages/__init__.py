@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from workers.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Context:
     device: str = "cpu"
     resident: dict[str, Any] = field(default_factory=dict)
     """The one base model this process holds, by identity."""
+    checkpoints: "Checkpoints | None" = None
+    """Where long work keeps what it needs to go on after its process is lost."""
 
     def step(self, done: int, steps: int, loss: float) -> None:
         """Progress of a training run."""

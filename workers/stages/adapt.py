@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workers.alignment import align_projector
 from workers.base import load_decoder, untrained_speechllm
 from workers.config import AdaptSettings, ProjectorConfig, PromptSettings
 from workers.examples import training_examples
@@ -11,7 +12,7 @@ from workers.features import Features
 from workers.speechllm import SpeechLLMConfig
 from workers.stages import Context, Input
 from workers.stages.curve import write_curve
-from workers.training import align_projector, train
+from workers.training import resumable, train
 
 ALIGNMENT_SHARE = 0.1
 """Part of the progress bar that the projector's warm-up gets."""
@@ -42,7 +43,8 @@ def run(
         prompts=PromptSettings.model_validate(params["prompts"]),
     )
     with untrained_speechllm(resident, config, settings.seed) as model:
-        if settings.alignment_steps:
+        # A checkpoint holds a projector that was aligned before.
+        if settings.alignment_steps and not resumable(model, context.checkpoints):
             align_projector(
                 model,
                 examples,
@@ -59,6 +61,7 @@ def run(
             seed=settings.seed,
             trainable={"projector", "decoder"},
             progress=context.step,
+            checkpoints=context.checkpoints,
         )
         model.save_trained(out)
     write_curve(report, out)

@@ -45,7 +45,12 @@ def run(
     examples = examples_of(utterances, condition, Features(Path(inputs["features"].path)))
     resident = load_decoder(inputs["decoder"], params["decoder"], context)
     with trained_speechllm(Path(inputs["model"].path), resident) as model:
-        hypotheses = greedy(model, examples, DecodeSettings.model_validate(params["settings"]))
+        hypotheses = greedy(
+            model,
+            examples,
+            DecodeSettings.model_validate(params["settings"]),
+            checkpoints=context.checkpoints,
+        )
     references = [example.target_text for example in examples]
     texts = [hypothesis.text for hypothesis in hypotheses]
     if condition.target_language is None:

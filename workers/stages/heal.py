@@ -53,6 +53,7 @@ def run(
                 seed=params["seed"],
                 trainable=trainable,
                 progress=context.step,
+                checkpoints=context.checkpoints,
             )
             write_curve(report, out)
             summary |= {
