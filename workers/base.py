@@ -13,9 +13,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from workers.config import Condition, PromptSettings
 from workers.released.model import Released, open_released
-from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
+from workers.speechllm import SpeechLLM, SpeechLLMConfig
 from workers.stages import Context, Input
 from workers.surgery.cut import pruned
+from workers.tokenizer import open_tokenizer
 
 REMOVED = "removed.json"
 

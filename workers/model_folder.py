@@ -21,7 +21,8 @@ from workers.config import Condition
 from workers.errors import InvalidInput, first_line
 from workers.released import is_released
 from workers.released.model import open_released
-from workers.speechllm import SpeechLLM, open_tokenizer
+from workers.speechllm import SpeechLLM
+from workers.tokenizer import open_tokenizer
 
 ModelKind = Literal["causal-lm", "adapter", "speechllm", "released"]
 DESCRIPTIONS: dict[str, ModelKind] = {

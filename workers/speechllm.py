@@ -20,12 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from workers.config import (
     LoraSettings,
@@ -41,6 +38,7 @@ from workers.lora import lora_config
 from workers.projectors import Projector, build_projector
 from workers.released.projector import build_own_projector
 from workers.surgery.decoder_parts import decoder_layers
+from workers.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from workers.released.audio import OwnEncoder
@@ -340,22 +338,6 @@ class SpeechLLM(nn.Module):
         finally:
             for parent, name, module in places:
                 setattr(parent, name, module)
-
-
-def open_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Opens a tokenizer as the class it was saved as.
-
-    For some families (Qwen2 among them) `AutoTokenizer` puts the family's own class in place of a
-    plain `tokenizer.json`, and every text becomes an empty list of tokens, without a warning.
-
-    Args:
-        source: folder or hub id.
-        options: as `from_pretrained` takes them (`revision`, `trust_remote_code`, …).
-    """
-    declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
-    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    opener = PreTrainedTokenizerFast if plain else AutoTokenizer
-    return cast(PreTrainedTokenizerBase, opener.from_pretrained(source, **options))
 
 
 _DESCRIPTION = "speechllm.json"

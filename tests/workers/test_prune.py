@@ -14,11 +14,12 @@ from tiny_speechllm import shake, tiny_speechllm
 
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
-from workers.speechllm import SpeechLLM, open_tokenizer
+from workers.speechllm import SpeechLLM
 from workers.surgery.cut import pruned
 from workers.surgery.decoder_parts import decoder_layers
 from workers.surgery.provenance import original_layers, read_provenance
 from workers.surgery.prune import PruneSettings, prune
+from workers.tokenizer import open_tokenizer
 
 STREAMED = PruneSettings(streamed=True)
 IN_MEMORY = PruneSettings(streamed=False)

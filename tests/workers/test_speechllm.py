@@ -25,8 +25,9 @@ from workers.config import DecodeSettings, LoraSettings, ProjectorConfig, Prompt
 from workers.decoding import greedy
 from workers.encoder import SpeechEncoder
 from workers.errors import InvalidInput
-from workers.speechllm import SpeechLLM, SpeechLLMConfig, open_tokenizer
+from workers.speechllm import SpeechLLM, SpeechLLMConfig
 from workers.surgery.cut import pruned
+from workers.tokenizer import open_tokenizer
 
 SETTINGS = DecodeSettings(tokens_per_second=2, extra_tokens=6)
 

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoProcessor, GraniteSpeechProcessor
 
 from workers.released.logmel import log_mel_extractor
-from workers.speechllm import open_tokenizer
+from workers.tokenizer import open_tokenizer
 
 
 def open_processor(reference: str, **options: Any) -> Any:
