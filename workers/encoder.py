@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel, SeamlessM4TFeatureExtractor
 
-from workers.errors import InvalidInput
+from workers.errors import InvalidInput, refuse_missing
 from workers.fbank import VectorisedFbank
 
 EXACT_MASK = {"hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm"}
@@ -110,17 +110,14 @@ class SpeechEncoder:
                 "it needs config.json, preprocessor_config.json and model.safetensors",
             ) from None
         # The masking vector is used in pre-training only; decoders are dropped.
-        missing = sorted(
-            key
-            for key in report["missing_keys"]
-            if "masked_spec_embed" not in key and not key.startswith("decoder.")
+        refuse_missing(
+            (
+                key
+                for key in report["missing_keys"]
+                if "masked_spec_embed" not in key and not key.startswith("decoder.")
+            ),
+            where,
         )
-        if missing:
-            raise InvalidInput(
-                f"{len(missing)} weights are missing, such as {missing[0]}",
-                where,
-                "repair the file",
-            )
         if not hasattr(extractor, "sampling_rate"):
             raise InvalidInput("its feature extractor is not for audio", where)
         return cls(model.to(device), extractor)

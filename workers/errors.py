@@ -1,5 +1,7 @@
 """Errors a user can mend. What the driver does about each class is the driver's business."""
 
+from collections.abc import Iterable
+
 
 class InvalidInput(Exception):
     """Bad input, configuration or data: trying again cannot help.
@@ -22,6 +24,23 @@ class InvalidInput(Exception):
 
 class NotFinite(InvalidInput):
     """A loss, a distance or a weight became NaN or infinite; names the step, layer or sample."""
+
+
+def refuse_missing(weights: Iterable[object], where: str) -> None:
+    """Refuses a model that was opened without some of its weights: they are random then.
+
+    Args:
+        weights: names that the files lack.
+        where: the model.
+
+    Raises:
+        InvalidInput: there are any.
+    """
+    missing = sorted(map(str, weights))
+    if missing:
+        raise InvalidInput(
+            f"{len(missing)} weights are missing, such as {missing[0]}", where, "repair the file"
+        )
 
 
 def first_line(error: BaseException) -> str:

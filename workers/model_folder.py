@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.config import Condition
-from workers.errors import InvalidInput, first_line
+from workers.errors import InvalidInput, first_line, refuse_missing
 from workers.released import is_released
 from workers.released.model import open_released
 from workers.speechllm import SpeechLLM
@@ -133,13 +133,7 @@ def _causal_lm(reference: str, dtype: str | torch.dtype, options: dict[str, Any]
     decoder, report = AutoModelForCausalLM.from_pretrained(
         reference, dtype=dtype, output_loading_info=True, **options
     )
-    missing = sorted(map(str, report["missing_keys"]))
-    if missing:
-        raise InvalidInput(
-            f"{len(missing)} weights are missing, such as {missing[0]}",
-            reference,
-            "repair the file",
-        )
+    refuse_missing(report["missing_keys"], reference)
     return decoder
 
 

@@ -33,7 +33,7 @@ from workers.config import (
     Settings,
 )
 from workers.encoder import SpeechEncoder
-from workers.errors import InvalidInput
+from workers.errors import InvalidInput, first_line
 from workers.lora import lora_config
 from workers.projectors import Projector, build_projector
 from workers.released.projector import build_own_projector
@@ -291,7 +291,7 @@ class SpeechLLM(nn.Module):
             tokenizer = open_tokenizer(place, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InvalidInput(
-                f"the decoder cannot be read: {_first_line(error)}", str(place), _AGAIN
+                f"the decoder cannot be read: {first_line(error)}", str(place), _AGAIN
             ) from error
         lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
         if lost:
@@ -366,7 +366,7 @@ def _read_description(folder: Path) -> tuple[SpeechLLMConfig, dict[str, Any]]:
             "name a folder written by save_trained or save_pretrained",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise InvalidInput(f"cannot be read: {_first_line(error)}", str(file), _AGAIN) from error
+        raise InvalidInput(f"cannot be read: {first_line(error)}", str(file), _AGAIN) from error
 
 
 def _open_encoder(
@@ -389,13 +389,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             weights = load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise InvalidInput(
-                f"the {part}'s weights cannot be read: {_first_line(error)}",
+                f"the {part}'s weights cannot be read: {first_line(error)}",
                 str(folder / name),
                 _AGAIN,
             ) from error
         state |= {f"{part}.{key}": value for key, value in weights.items()}
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

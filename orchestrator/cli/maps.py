@@ -292,6 +292,8 @@ def _print_tables(
     files: list[Path],
     model: str,
 ) -> None:
+    from orchestrator.compare import span
+
     out, whole = console(), result.whole
     out.print(
         f"{model}: {whole.layers} layers, {len(whole.blocks)} blocks, {result.samples} samples of "
@@ -314,10 +316,9 @@ def _print_tables(
         for row in best:
             if (row["criterion"], row["pool"]) != tuple(measure):
                 continue
-            last = row["start"] + row["depth"] - 1
             table.add_row(
                 str(row["depth"]),
-                f"{row['start']}–{last}" if row["depth"] > 1 else str(last),
+                span(row["start"], row["depth"]),
                 f"{row['distance']:.4f}",
                 "" if row["std_error"] is None else f"{row['std_error']:.4f}",
                 f"{row['stability']:.0%}",

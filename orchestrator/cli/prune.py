@@ -118,17 +118,6 @@ def parse_layers(start: int | None, depth: int | None, layers: str | None) -> li
     return chosen
 
 
-def shorten_layers(layers: list[int]) -> str:
-    """Sorted numbers as people write them: `3, 7–9`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
-
-
 @contextmanager
 def _telling() -> Iterator[Callable[[str, int, int], None]]:
     """What is being done: a bar on a terminal, elsewhere a line a step; on standard error."""
@@ -165,9 +154,11 @@ class _Lines:
 
 
 def _show(report: "PruneReport", out: Console) -> None:
+    from orchestrator.compare import spans
+
     before, after = report.layers
     out.print(
-        f"Removed layers {shorten_layers(report.removed)} of {before} "
+        f"Removed layers {spans(report.removed)} of {before} "
         f"({100 * (before - after) / before:.0f} %) from {report.source}",
         markup=False,
     )

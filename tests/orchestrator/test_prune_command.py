@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.cli import main
-from orchestrator.cli.prune import parse_layers, shorten_layers
+from orchestrator.cli.prune import parse_layers
+from orchestrator.compare import spans
 from workers.errors import InvalidInput
 
 
@@ -96,7 +97,7 @@ def test_no_such_model(layersweep, tmp_path):
 def test_layers_are_written_as_numbers_and_ranges():
     assert parse_layers(3, 2, None) == [3, 4]
     assert parse_layers(None, None, "3,7-9, 1 - 1") == [3, 7, 8, 9, 1]
-    assert shorten_layers([1, 3, 4, 5, 9]) == "1, 3–5, 9"
+    assert spans([1, 3, 4, 5, 9]) == "1, 3–5, 9"
     for text in ("", "5-3", "-1", "1,,2", "1.5"):
         with pytest.raises(InvalidInput, match="neither a number nor a range"):
             parse_layers(None, None, text)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +72,7 @@ class ModelMap:
     skipped: tuple[str, ...]
     """What was wrong with each sample left out."""
 
-    @property
+    @cached_property
     def whole(self) -> RedundancyMap:
         """Every measure in one map."""
         maps = [one for one in (self.measured, self.damage) if one is not None]

@@ -57,6 +57,8 @@ class RedundancyMap:
     """Float32 `[samples]` beside `damage`: each utterance's loss with every layer in place, in nats
     per target token."""
     _drawn: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    _quotients: dict[tuple[Measure, int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    """CKA of resamples `[resamples, cells]`: all depths at once, as they share the pairs."""
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -269,7 +271,10 @@ class RedundancyMap:
             self._drawn[samples, resamples, seed] = draws / samples
         draws = self._drawn[samples, resamples, seed]
         if criterion == "cka":
-            return _estimate(criterion, draws @ rows, self.layers)[:, columns]
+            key = (Measure(criterion, pool), resamples, seed)
+            if key not in self._quotients:
+                self._quotients[key] = _estimate(criterion, draws @ rows, self.layers)
+            return self._quotients[key][:, columns]
         return draws @ rows[:, columns]
 
 

@@ -17,7 +17,7 @@ from workers.config import (
     PromptSettings,
     RecordedPrompts,
 )
-from workers.errors import InvalidInput
+from workers.errors import InvalidInput, first_line, refuse_missing
 from workers.released.audio import OwnEncoder
 from workers.released.parts import as_causal_lm, described, released_class
 from workers.released.processor import open_processor
@@ -115,15 +115,8 @@ def open_released(
         )
         processor = open_processor(reference, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InvalidInput(f"the model cannot be opened: {first}", reference) from error
-    missing = sorted(map(str, report["missing_keys"]))
-    if missing:
-        raise InvalidInput(
-            f"{len(missing)} weights are missing, such as {missing[0]}",
-            reference,
-            "repair the file",
-        )
+        raise InvalidInput(f"the model cannot be opened: {first_line(error)}", reference) from error
+    refuse_missing(report["missing_keys"], reference)
     adapted = _take_off_adapter(model, merge=own_adapter)
     if getattr(config, "has_lora_adapter", False) and not adapted:
         raise InvalidInput(
