@@ -60,6 +60,8 @@ def load_decoder(source: Input, params: Mapping[str, Any], context: Context) -> 
                 trust_remote_code=params["trust_remote_code"],
                 own_adapter=own_adapter,
             )
+            if context.ranks.size > 1:
+                context.ranks.spread_layers(released.decoder, context.device)
             context.resident[identity] = Resident(
                 released.decoder, released.tokenizer, released=released
             )
@@ -72,10 +74,18 @@ def load_decoder(source: Input, params: Mapping[str, Any], context: Context) -> 
         decoder = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=getattr(torch, params["dtype"]), **options
         )
-        decoder.to(context.device).eval().requires_grad_(False)
+        _place(decoder, context)
         context.resident[identity] = Resident(decoder, tokenizer)
     resident: Resident = context.resident[identity]
     return resident
+
+
+def _place(decoder: PreTrainedModel, context: Context) -> None:
+    decoder.eval().requires_grad_(False)
+    if context.ranks.size > 1:
+        context.ranks.spread_layers(decoder, context.device)
+    else:
+        decoder.to(context.device)
 
 
 def text_only_config(

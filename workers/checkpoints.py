@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ class Saved:
     """Plain data beside the tensors."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one stage."""
@@ -44,6 +48,8 @@ class Checkpoints:
     """Made when the first is written."""
     seconds: float = 300.0
     """From one to the next; 0: after each step."""
+    asked_to_stop: Callable[[], bool] = _never
+    """Whether to keep a checkpoint now and leave."""
 
     def newest(self, **expected: Any) -> Saved | None:
         """The last whole checkpoint; None if there is none.

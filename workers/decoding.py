@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from workers.batches import Encoded, Example, Modality, collate, encode, sorted_batches
 from workers.checkpoints import Checkpoints, place_of
 from workers.config import DecodeSettings
-from workers.errors import InvalidInput
+from workers.errors import InvalidInput, Stopped
 from workers.lora import fused_lora
 from workers.speechllm import SpeechLLM
 
@@ -76,6 +76,7 @@ def greedy(
 
     Raises:
         InvalidInput: no end-of-sequence token, or an example without frames.
+        Stopped: `checkpoints` was asked to stop, and holds what was decoded.
     """
     if not examples:
         return []
@@ -94,9 +95,14 @@ def greedy(
             limits = [caps[i] for i in batch]
             answers = _decode_batch(model, [encoded[i] for i in batch], limits, ends)
             written.update(zip(batch, answers, strict=True))
-            if checkpoints is not None and time.monotonic() - kept >= checkpoints.seconds:
+            if checkpoints is None or len(written) == len(examples):
+                continue
+            stop = checkpoints.asked_to_stop()
+            if stop or time.monotonic() - kept >= checkpoints.seconds:
                 _keep(checkpoints, written, model.device)
                 kept = time.monotonic()
+                if stop:
+                    raise Stopped(f"stopped after {len(written)} of {len(examples)} utterances")
     texts = model.tokenizer.batch_decode(
         [written[i][0] for i in range(len(examples))],
         skip_special_tokens=True,

@@ -26,6 +26,10 @@ class NotFinite(InvalidInput):
     """A loss, a distance or a weight became NaN or infinite; names the step, layer or sample."""
 
 
+class Stopped(Exception):
+    """Asked to stop: what is needed to go on is kept, and nothing was committed."""
+
+
 def refuse_missing(weights: Iterable[object], where: str) -> None:
     """Refuses a model that was opened without some of its weights: they are random then.
 

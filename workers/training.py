@@ -27,12 +27,19 @@ from workers.batches import (
 )
 from workers.checkpoints import Checkpoints, place_of
 from workers.config import TrainSettings
-from workers.errors import InvalidInput, NotFinite
+from workers.errors import InvalidInput, NotFinite, Stopped
 from workers.lora import fused_lora
+from workers.ranks import ALONE, Ranks
+from workers.recompute import recomputed
+from workers.relief import NO_RELIEF, Relief
 from workers.speechllm import Part, SpeechLLM
 
 Progress = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the last step's loss."""
+
+
+RANK_SEED = 1_000_003
+"""Between the seeds of two ranks' dropout."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ def train(
     progress: Progress | None = None,
     log_every: int = 10,
     checkpoints: Checkpoints | None = None,
+    relief: Relief = NO_RELIEF,
+    ranks: Ranks = ALONE,
 ) -> TrainReport:
     """Trains in place what `trainable` names and nothing else.
 
@@ -81,10 +90,13 @@ def train(
         log_every: steps between calls.
         checkpoints: kept as it goes. Where there is one of this run on this device, it goes on from
             there, and ends with the weights, bit for bit, of a run that was never interrupted.
+        relief: how to need less memory than the settings ask for.
+        ranks: this process among those that train together; each takes its share of every batch.
 
     Raises:
         InvalidInput: no examples, nothing to train, or examples that cannot be encoded.
         NotFinite: the loss or the gradient became NaN or infinite; names step and utterances.
+        Stopped: `checkpoints` was asked to stop, and holds what was done.
     """
     if not examples:
         raise InvalidInput("there are no training examples", "data.train")
@@ -104,15 +116,22 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     parameters = [p for group in groups for p in _parameters(group)]
     order = endless_batches([item.length for item in encoded], settings.batch_size, seed)
-    run = _Run(model.device, parameters, optimizer)
+    run = _Run(model.device, parameters, optimizer, ranks)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), learning(model, parameters), fused_lora(model.decoder):
-        torch.manual_seed(seed)
+    with (
+        torch.random.fork_rng(devices),
+        learning(model, parameters),
+        fused_lora(model.decoder),
+        recomputed(model.causal_lm, relief.activation_checkpointing),
+    ):
+        torch.manual_seed(seed + RANK_SEED * ranks.rank)
+        ranks.agree(parameters)
         if checkpoints is not None:
             run.resume(checkpoints)
         if progress and run.step:
             progress(run.step, settings.steps, run.losses[-1])
         order = itertools.islice(order, run.step, None)
+        micro_batch = settings.micro_batch or -(-settings.batch_size // ranks.size)
         kept = time.monotonic()
         for step in range(run.step, settings.steps):
             factor = learning_rate_factor(settings, step)
@@ -121,8 +140,12 @@ def train(
             batch = [encoded[i] for i in next(order)]
             count = sum(int(np.count_nonzero(item.next_ids != IGNORED)) for item in batch)
             loss = 0.0
-            for micro in _split(batch, settings.micro_batch):
+            for micro in _split(ranks.share(batch), relief.size(micro_batch)):
                 loss += _backward(model, micro, count, step)
+            due = checkpoints is not None and time.monotonic() - kept >= checkpoints.seconds
+            stop = checkpoints is not None and checkpoints.asked_to_stop()
+            # Ranks act as one: a checkpoint is due as soon as one of them says so.
+            loss, dues, stops = ranks.add_up(parameters, [loss, due, stop])
             norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip, foreach=True))
             if not math.isfinite(norm):
                 raise NotFinite(
@@ -136,19 +159,25 @@ def train(
             run.tokens += count
             run.positions += sum(item.length for item in batch)
             done = step + 1
-            due = checkpoints is not None and time.monotonic() - kept >= checkpoints.seconds
-            if checkpoints is not None and due and done < settings.steps:
+            if checkpoints is not None and (dues or stops) and done < settings.steps:
                 run.keep(checkpoints)
                 kept = time.monotonic()
+                if stops:
+                    raise Stopped(f"stopped after step {done} of {settings.steps}")
             if progress and (done % log_every == 0 or done == settings.steps):
                 progress(done, settings.steps, loss)
     seconds = time.monotonic() - began
     return TrainReport(run.losses, run.norms, seconds, run.tokens, run.positions)
 
 
-def resumable(model: SpeechLLM, checkpoints: Checkpoints | None) -> bool:
+def resumable(model: SpeechLLM, checkpoints: Checkpoints | None, ranks: Ranks = ALONE) -> bool:
     """Whether `train` would go on from a checkpoint, and not begin anew."""
-    return checkpoints is not None and checkpoints.newest(**place_of(model.device)) is not None
+    place = _place(model.device, ranks)
+    return checkpoints is not None and checkpoints.newest(**place) is not None
+
+
+def _place(device: torch.device, ranks: Ranks) -> dict[str, object]:
+    return {**place_of(device), "ranks": ranks.size}
 
 
 def learning_rate_factor(settings: TrainSettings, step: int) -> float:
@@ -205,6 +234,7 @@ class _Run:
     device: torch.device
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    ranks: Ranks
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -220,17 +250,21 @@ class _Run:
         tensors = {f"parameter.{i}": p.data for i, p in enumerate(self.parameters)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-        tensors["random"] = torch.get_rng_state()
+        for rank, state in enumerate(self.ranks.gather(torch.get_rng_state())):
+            tensors[f"random.{rank}"] = state
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            for rank, state in enumerate(self.ranks.gather(torch.cuda.get_rng_state(self.device))):
+                tensors[f"random.cuda.{rank}"] = state
+        if self.ranks.rank:
+            return  # the parameters are the same everywhere
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["norms"] = torch.tensor(self.norms, dtype=torch.float64)
         counts = {"tokens": self.tokens, "positions": self.positions}
-        checkpoints.write(self.step, tensors, {**counts, **place_of(self.device)})
+        checkpoints.write(self.step, tensors, {**counts, **_place(self.device, self.ranks)})
 
     def resume(self, checkpoints: Checkpoints) -> None:
         """Go on from the newest checkpoint of this device, if there is one."""
-        saved = checkpoints.newest(**place_of(self.device))
+        saved = checkpoints.newest(**_place(self.device, self.ranks))
         if saved is None:
             return
         tensors = saved.tensors
@@ -245,9 +279,10 @@ class _Run:
                 state.setdefault(int(number), {})[what] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        torch.set_rng_state(tensors["random"])
+        torch.set_rng_state(tensors[f"random.{self.ranks.rank}"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            cuda = tensors[f"random.cuda.{self.ranks.rank}"]
+            torch.cuda.set_rng_state(cuda, self.device)
         self.losses, self.norms = tensors["losses"].tolist(), tensors["norms"].tolist()
         self.tokens, self.positions = saved.record["tokens"], saved.record["positions"]
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from workers.checkpoints import Checkpoints
+    from workers.ranks import Ranks
+    from workers.relief import Relief
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,18 @@ def _silent(fraction: float, message: str) -> None:
     del fraction, message
 
 
+def _alone() -> "Ranks":
+    from workers.ranks import ALONE
+
+    return ALONE
+
+
+def _unrelieved() -> "Relief":
+    from workers.relief import NO_RELIEF
+
+    return NO_RELIEF
+
+
 @dataclass
 class Context:
     """The process a stage runs in, and what that process keeps between stages."""
@@ -37,6 +51,10 @@ class Context:
     """The one base model this process holds, by identity."""
     checkpoints: "Checkpoints | None" = None
     """Where long work keeps what it needs to go on after its process is lost."""
+    ranks: "Ranks" = field(default_factory=_alone)
+    """This process among those that run the stage together."""
+    relief: "Relief" = field(default_factory=_unrelieved)
+    """How to need less memory than the parameters ask for."""
 
     def step(self, done: int, steps: int, loss: float) -> None:
         """Progress of a training run."""

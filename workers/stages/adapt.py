@@ -44,7 +44,7 @@ def run(
     )
     with untrained_speechllm(resident, config, settings.seed) as model:
         # A checkpoint holds a projector that was aligned before.
-        if settings.alignment_steps and not resumable(model, context.checkpoints):
+        if settings.alignment_steps and not resumable(model, context.checkpoints, context.ranks):
             align_projector(
                 model,
                 examples,
@@ -62,6 +62,8 @@ def run(
             trainable={"projector", "decoder"},
             progress=context.step,
             checkpoints=context.checkpoints,
+            relief=context.relief,
+            ranks=context.ranks,
         )
         model.save_trained(out)
     write_curve(report, out)

@@ -32,7 +32,7 @@ def run(
     with mapped_model(params, inputs, context, settings.samples) as (model, encoded):
         measured = damage_map(
             model.decoder,
-            example_batches(model, encoded, BATCH_SIZE),
+            example_batches(model, encoded, context.relief.size(BATCH_SIZE)),
             settings.depths,
             context.progress,
             samples=len(encoded),

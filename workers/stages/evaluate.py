@@ -44,11 +44,13 @@ def run(
     utterances = read_utterances(Path(inputs["data"].path), params["split"])
     examples = examples_of(utterances, condition, Features(Path(inputs["features"].path)))
     resident = load_decoder(inputs["decoder"], params["decoder"], context)
+    settings = DecodeSettings.model_validate(params["settings"])
+    fitting = settings.model_copy(update={"batch_size": context.relief.size(settings.batch_size)})
     with trained_speechllm(Path(inputs["model"].path), resident) as model:
         hypotheses = greedy(
             model,
             examples,
-            DecodeSettings.model_validate(params["settings"]),
+            fitting,
             checkpoints=context.checkpoints,
         )
     references = [example.target_text for example in examples]

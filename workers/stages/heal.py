@@ -54,6 +54,8 @@ def run(
                 trainable=trainable,
                 progress=context.step,
                 checkpoints=context.checkpoints,
+                relief=context.relief,
+                ranks=context.ranks,
             )
             write_curve(report, out)
             summary |= {

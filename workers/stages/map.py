@@ -36,7 +36,7 @@ def run(
     with mapped_model(params, inputs, context, settings.samples) as (model, encoded):
         measured = redundancy_map(
             model.decoder,
-            example_batches(model, encoded, settings.batch_size),
+            example_batches(model, encoded, context.relief.size(settings.batch_size)),
             settings.pools,
             progress=context.progress,
             samples=len(encoded),
