@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import subprocess
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -19,14 +20,45 @@ class ClusterUnreachable(Exception):
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """What the cluster's living nodes have in all, and the most one node has."""
+class Room:
+    """What one living node has, used or not."""
 
     cpus: float
-    gpus: float
-    nodes: int
-    node_cpus: float
-    node_gpus: float
+    gpus: float = 0.0
+    memory: float = 0.0
+    """Bytes that Ray may give to jobs."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster's living nodes have, used or not."""
+
+    rooms: tuple[Room, ...]
+
+    @property
+    def nodes(self) -> int:
+        """Living nodes."""
+        return len(self.rooms)
+
+    @property
+    def cpus(self) -> float:
+        """CPUs in all."""
+        return sum(room.cpus for room in self.rooms)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs in all."""
+        return sum(room.gpus for room in self.rooms)
+
+    @property
+    def node_cpus(self) -> float:
+        """The most CPUs one node has."""
+        return max((room.cpus for room in self.rooms), default=0)
+
+    @property
+    def node_gpus(self) -> float:
+        """The most GPUs one node has."""
+        return max((room.gpus for room in self.rooms), default=0)
 
 
 class Cluster:
@@ -36,19 +68,22 @@ class Cluster:
         address: None starts Ray embedded in this process, listening on loopback only; `auto` or
             `host:port` joins a running cluster.
         cpus: CPU slots of the embedded cluster; None: the machine's cores.
+        gpus: GPUs the embedded cluster declares; None: those it finds.
 
     Raises:
         ClusterUnreachable: nothing answers at `address`.
         BadAddress: an address of a kind that loses work.
     """
 
-    def __init__(self, address: str | None = None, cpus: int | None = None) -> None:
+    def __init__(
+        self, address: str | None = None, cpus: int | None = None, gpus: int | None = None
+    ) -> None:
         if address is not None and address.startswith("ray://"):
             raise BadAddress(
                 f"--address {address}: Ray Client drops work when the connection pauses; "
                 "use auto or host:port on a machine of the cluster, or submit a Ray Job"
             )
-        self.address, self.cpus = address, cpus
+        self.address, self.cpus, self.gpus = address, cpus, gpus
 
     def __enter__(self) -> Self:
         # Ray's coming default for jobs without GPUs; set, it keeps Ray from warning about it.
@@ -66,6 +101,7 @@ class Cluster:
             options |= {
                 "address": "local",
                 "num_cpus": self.cpus or os.cpu_count(),
+                "num_gpus": self.gpus,
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
             }
@@ -89,15 +125,61 @@ class Cluster:
         ray.shutdown()
 
     def capacity(self) -> Capacity:
-        """What the living nodes have, used or not."""
+        """What the living nodes have now, used or not."""
         import ray
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = [float(node.get("CPU", 0)) for node in nodes]
-        gpus = [float(node.get("GPU", 0)) for node in nodes]
         return Capacity(
-            sum(cpus), sum(gpus), len(nodes), max(cpus, default=0), max(gpus, default=0)
+            tuple(
+                Room(
+                    float(node["Resources"].get("CPU", 0)),
+                    float(node["Resources"].get("GPU", 0)),
+                    float(node["Resources"].get("memory", 0)),
+                )
+                for node in ray.nodes()
+                if node["Alive"]
+            )
         )
+
+    def card_bytes(self) -> int | None:
+        """Memory of the smallest GPU of the cluster; None if it has none that torch can see."""
+        import ray
+
+        nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU", 0)]
+        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        look = ray.remote(max_retries=0, num_cpus=0, num_gpus=0)(_card_bytes)
+        asked = [
+            look.options(scheduling_strategy=strategy(node["NodeID"], soft=False)).remote()
+            for node in nodes
+        ]
+        done, late = (
+            ray.wait(asked, num_returns=len(asked), timeout=PROBE_SECONDS * 6)
+            if asked
+            else ([], [])
+        )
+        for reference in late:
+            ray.cancel(reference, force=True)
+        found = [size for size in map(_answered, done) if size]
+        return min(found, default=None)
+
+
+def _card_bytes() -> int | None:
+    """Total memory of this node's smallest GPU, by the driver's own tool: needs no CUDA context."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return min(int(line) for line in printed.stdout.split()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _answered(reference: Any) -> int | None:
+    import ray
+
+    try:
+        size: int | None = ray.get(reference)
+    except ray.exceptions.RayError:
+        return None
+    return size
 
 
 def _probe(address: str) -> None:

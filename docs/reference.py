@@ -61,6 +61,12 @@ MEANINGS = {
     "share": "What is trained once for several conditions.",
     "report": "What the verdict calls good enough.",
     "resources": "What one job takes on the cluster.",
+    "limits": "How much of the cluster the sweep may take.",
+    "priority[].model": "Names of models.",
+    "priority[].encoder": "Names of encoders (`own`: that of a released SpeechLLM).",
+    "priority[].task": "Tasks.",
+    "priority[].depth": "Numbers of removed layers.",
+    "priority[].heal": "Healing modes.",
 }  # fmt: skip
 
 

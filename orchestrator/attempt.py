@@ -17,36 +17,52 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.store import CorruptArtefact, Store
-from workers.errors import InvalidInput
+from orchestrator.store import CorruptArtefact, Store, StoreUnreachable
+from workers.errors import InvalidInput, Stopped
 from workers.stages import STAGES, Context, Input
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "datasets", "jiwer", "sacrebleu", "pandas")
+
+FENCE_SECONDS = 2.0
+"""Between looks at whether to stop."""
 
 # What a worker process keeps between attempts: the base model it holds, inputs already verified.
 _RESIDENT: dict[str, Any] = {}
 _VERIFIED: set[tuple[str, str]] = set()
 
 
-def run_attempt(payload: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+def run_attempt(
+    payload: dict[str, Any], rank: int, ranks: int, meeting: tuple[str, int, int] | None
+) -> dict[str, Any]:
     """Run one stage and commit its artefact.
 
     Args:
         payload: `id`, `kind`, `key`, `params`, `inputs` (role → [kind, key]), `sources` (role →
-            path, revision, fingerprint), `store`, `log`, `provenance`, and `checkpoint_seconds` (None: none
-            are kept).
+            path, revision, fingerprint), `store`, `log`, `provenance`, `checkpoint_seconds` (None:
+            none are kept), `relief` (of the OOM ladder), `relief_text`, `need_bytes` (of the GPU's
+            memory; None: unknown), `gpus` (a fraction shares a card), and `fence`.
         rank: this process's rank in its lease.
         ranks: ranks of the lease.
+        meeting: where ranks meet.
 
     Returns:
-        `{"status": "done", "seconds", "summary"}`, or `{"status": "failed", "class", "message"}`.
+        `{"status": "done", "seconds", "summary"}`, `{"status": "stopped", "message"}`, or
+        `{"status": "failed", "class", "message"}`: with `unreachable` where the store is away, and
+        `damaged: [kind, key]` where an input was, and has been discarded.
     """
-    del ranks
     started, cpu_started = time.perf_counter(), _cpu_seconds()
-    with _logged_to(Path(payload["log"])):
+    log = Path(payload["log"])
+    if rank:
+        log = log.with_suffix(f".rank{rank}{log.suffix}")
+    with _logged_to(log):
         print(f"{_now()} {payload['id']} ({payload['kind']}/{payload['key']})", flush=True)
+        if payload["relief_text"]:
+            print(f"{_now()} with less memory: {payload['relief_text']}", flush=True)
         try:
-            summary = _run(payload, rank, started, cpu_started)
+            summary = _run(payload, rank, ranks, meeting, started, cpu_started)
+        except Stopped as stopped:
+            print(f"{_now()} {stopped}", flush=True)
+            return {"status": "stopped", "message": str(stopped)}
         except BaseException as error:  # noqa: BLE001 - a verdict, whatever it was
             verdict = classify(error)
             if verdict["class"] != "invalid" or not isinstance(error, InvalidInput):
@@ -59,16 +75,25 @@ def run_attempt(payload: dict[str, Any], rank: int, ranks: int) -> dict[str, Any
     return {"status": "done", "seconds": round(seconds, 3), "summary": summary}
 
 
-def classify(error: BaseException) -> dict[str, str]:
-    """The failure class and message of an exception.
+def classify(error: BaseException) -> dict[str, Any]:
+    """The failure class and message of an exception, as a verdict has them.
 
     Classes are those of the design: `device-oom`, `host-oom`, `transient` (I/O and network) and
-    `invalid` (everything that would fail again).
+    `invalid` (everything that would fail again); and `fenced`, when another driver has the run, and
+    `peer`, when another rank failed.
     """
     message = str(error) or type(error).__name__
     name = type(error).__name__
     if isinstance(error, InvalidInput):
         return {"class": "invalid", "message": message}
+    if isinstance(error, CorruptArtefact):
+        return {"class": "transient", "message": message, "damaged": [error.kind, error.key]}
+    if isinstance(error, StoreUnreachable):
+        return {"class": "transient", "message": message, "unreachable": True}
+    if isinstance(error, Fenced):
+        return {"class": "fenced", "message": message}
+    if name == "PeerLost":
+        return {"class": "peer", "message": f"another rank was lost: {message}"}
     if name == "OutOfMemoryError":
         return {"class": "device-oom", "message": message}
     if isinstance(error, MemoryError):
@@ -80,9 +105,47 @@ def classify(error: BaseException) -> dict[str, str]:
     return {"class": "invalid", "message": f"{name}: {message}"}
 
 
-def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float) -> dict[str, Any]:
-    store = Store(Path(payload["store"]))
+class Fenced(Exception):
+    """Another driver has taken the run: nothing is committed for the old one."""
+
+
+class _Fence:
+    """What a worker sees of the driver it works for, by the driver's note in the store."""
+
+    def __init__(self, store: Store, ticket: dict[str, Any]) -> None:
+        self._store, self._name, self._number = store, ticket["name"], ticket["number"]
+        self._looked = time.monotonic()
+        self._stop = False
+
+    def asked_to_stop(self) -> bool:
+        """Whether to keep a checkpoint and leave; looks at most every two seconds."""
+        now = time.monotonic()
+        if not self._stop and now - self._looked >= FENCE_SECONDS:
+            self._looked = now
+            with contextlib.suppress(OSError):
+                note = self._store.read_note(self._name) or {}
+                self._stop = bool(note.get("stop")) or note.get("number") != self._number
+        return self._stop
+
+    def check(self) -> None:
+        """Refuse to go on for a driver that another has replaced."""
+        note = self._store.read_note(self._name) or {}
+        if note.get("number") != self._number:
+            raise Fenced("another driver has taken this run over; nothing was committed")
+
+
+def _run(
+    payload: dict[str, Any],
+    rank: int,
+    ranks: int,
+    meeting: tuple[str, int, int] | None,
+    started: float,
+    cpu_started: float,
+) -> dict[str, Any]:
+    store = Store(Path(payload["store"]), new=False)
     kind, key = payload["kind"], payload["key"]
+    fence = _Fence(store, payload["fence"])
+    fence.check()
     inputs = {}
     for role, (input_kind, input_key) in payload["inputs"].items():
         if (input_kind, input_key) not in _VERIFIED:
@@ -94,45 +157,53 @@ def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float)
     import torch
 
     from workers.checkpoints import Checkpoints
+    from workers.ranks import join
+    from workers.relief import Relief
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        _share_card(payload["gpus"], payload["need_bytes"])
     seconds = payload["checkpoint_seconds"]
     checkpoints = None
     if seconds is not None:
-        checkpoints = Checkpoints(store.path(kind, f".{key}.checkpoint"), seconds)
+        folder = store.path(kind, f".{key}.checkpoint")
+        checkpoints = Checkpoints(folder, seconds, fence.asked_to_stop)
     context = Context(
         progress=_Progress(),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         resident=_RESIDENT,
         checkpoints=checkpoints,
+        ranks=join(rank, ranks, meeting, device),
+        relief=Relief(**payload["relief"]),
     )
     temporary = store.begin(kind, key)
     try:
         summary = STAGES[kind].function()(payload["params"], inputs, temporary, context)
         if rank == 0:
-            store.commit(
-                temporary,
-                kind,
-                key,
-                {
-                    "kind": kind,
-                    "key": key,
-                    "version": STAGES[kind].version,
-                    "params": payload["params"],
-                    "inputs": payload["inputs"],
-                    "sources": {r: s["fingerprint"] for r, s in payload["sources"].items()},
-                    "summary": summary,
-                    "provenance": {
-                        **payload["provenance"],
-                        "finished": _now(),
-                        "seconds": round(time.perf_counter() - started, 3),
-                        "cpu_seconds": round(_cpu_seconds() - cpu_started, 3),
-                        "device": _device(context.device),
-                        "python": platform.python_version(),
-                        "packages": {name: version(name) for name in PACKAGES},
-                    },
-                },
-            )
+            provenance = {
+                **payload["provenance"],
+                "finished": _now(),
+                "seconds": round(time.perf_counter() - started, 3),
+                "cpu_seconds": round(_cpu_seconds() - cpu_started, 3),
+                "device": _device(context.device),
+                "ranks": ranks,
+                "relief": payload["relief_text"],
+                "python": platform.python_version(),
+                "packages": {name: version(name) for name in PACKAGES},
+            }
+            stage = {
+                "kind": kind,
+                "key": key,
+                "version": STAGES[kind].version,
+                "params": payload["params"],
+                "inputs": payload["inputs"],
+                "sources": {r: s["fingerprint"] for r, s in payload["sources"].items()},
+                "summary": summary,
+                "provenance": provenance,
+            }
+            fence.check()
+            store.commit(temporary, kind, key, stage)
             _VERIFIED.add((kind, key))
             if checkpoints is not None:
                 checkpoints.clear()
@@ -144,12 +215,43 @@ def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float)
 def _verify(store: Store, kind: str, key: str) -> None:
     try:
         store.verify(kind, key)
-    except CorruptArtefact as error:
+    except CorruptArtefact:
         store.discard(kind, key)
-        raise InvalidInput(
-            f"{error}; it has been discarded",
-            remedy="run the sweep again: it makes what is missing",
-        ) from None
+        raise
+
+
+def _share_card(gpus: float, need: int | None) -> None:
+    """Take no more of a shared card than is ours, and see that it is free.
+
+    Raises:
+        OSError: other processes hold what the stage needs (worth another try).
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    ours = torch.cuda.memory_reserved()
+    if 0 < gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus)
+    refuse_occupied(free + ours, total, need)
+
+
+def refuse_occupied(free: int, total: int, need: int | None) -> None:
+    """Refuse to start on a card on which others hold the memory that a stage needs.
+
+    Args:
+        free: bytes that this process could still have.
+        total: bytes of the card.
+        need: bytes the stage is expected to take; None: unknown. A stage that needs more than the
+            card has is not refused: it is the OOM ladder's.
+
+    Raises:
+        OSError: too little is free.
+    """
+    if need is not None and need <= total and free < need:
+        raise OSError(
+            f"only {free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB are free, and this needs "
+            f"about {need / 2**30:.1f}: another process holds the rest"
+        )
 
 
 class _Progress:

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +17,14 @@ from cluster.connection import Capacity, Cluster
 from cluster.lease import Shape
 from orchestrator.consensus import consensus_table
 from orchestrator.driver import Driver, Outcome
+from orchestrator.driver.loop import TARGET
+from orchestrator.driver.shapes import fits
 from orchestrator.graph import Plan
 from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
 from orchestrator.results import maps_table, profile_table, results_table, validation_table
-from orchestrator.reuse import assess
-from orchestrator.runs import RunFolder
+from orchestrator.reuse import Assessment, assess
+from orchestrator.runs import Fence, RunFolder
 from orchestrator.sources import DigestCache
 from orchestrator.store import Store
 from orchestrator.sweep import Sweep
@@ -38,14 +40,32 @@ class Result:
     data: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a sweep runs.
+
+    Args:
+        address: of a running cluster; None: Ray is started in this process.
+        cpus: slots of the started one.
+        gpus: that the started one declares.
+        takeover: take the run from a driver that seems to live.
+        target: what workers call for an attempt.
+    """
+
+    address: str | None = None
+    cpus: int | None = None
+    gpus: int | None = None
+    takeover: bool = False
+    target: str = TARGET
+
+
 def execute(
     sweep: Sweep,
     store: Store,
     base: Path,
     plan: Plan,
     *,
-    address: str | None,
-    cpus: int | None,
+    place: Place,
     plain: bool,
     console: Console,
 ) -> Result:
@@ -53,47 +73,26 @@ def execute(
 
     Raises:
         RunHeld: another driver holds the run.
+        RunTaken: another driver has taken it over.
         ClusterUnreachable: no Ray cluster at `address`.
         InvalidInput: no node of the cluster can hold one job.
     """
     folder = RunFolder(Path("runs") / sweep.name)
     began = time.monotonic()
-    with folder.lock():
-        folder.start(sweep, base, store.root, plan)
-        assessment = assess(plan, store)
-        if assessment.count("run") or assessment.count("undetermined"):
-            with Cluster(address, cpus) as cluster, _terminated_like_interrupted():
-                capacity = cluster.capacity()
-                shape = _shape(sweep, capacity)
-                slots = _slots(shape, capacity)
-                if not plain:
-                    console.print(
-                        f"Run {sweep.name}: {len(plan.nodes)} stages, "
-                        f"{assessment.count('reuse')} of them in the store; "
-                        f"{slots} job(s) at once on {capacity.nodes} node(s)"
-                    )
-                with _watch(console, plain, len(plan.nodes)) as watch:
-                    minutes = sweep.resources.checkpoint_minutes
-                    driver = Driver(
-                        plan,
-                        store,
-                        folder,
-                        shape,
-                        slots,
-                        _provenance(),
-                        watch,
-                        assessment,
-                        None if minutes is None else 60 * minutes,
-                    )
-                    outcome = driver.execute()
-                loads = driver.model_loads
-        else:
-            # Nothing to do needs no cluster; the journal says so for `status`.
-            driver = Driver(
-                plan, store, folder, Shape(), 0, _provenance(), _Quiet(console, 0), assessment
-            )
-            outcome, loads = driver.execute(), 0
+    with folder.lock(place.takeover) as hold:
+        folder.start(sweep, base, store.location, plan)
+        fence = Fence(store, folder.identity(), hold)
+        driven = _Driven(sweep, store, plan, folder, fence, place, plain, console)
+        outcome = driven.run()
         report = write_report(folder)
+        if report.damaged and outcome.complete:
+            # Bytes that changed on disk show only when they are read.
+            for kind, key in report.damaged:
+                store.discard(kind, key)
+            if not plain:
+                console.print(f"{len(report.damaged)} artefacts are damaged and are made anew")
+            outcome = driven.run()
+            report = write_report(folder)
     seconds = time.monotonic() - began
     data = {
         "run": sweep.name,
@@ -102,27 +101,95 @@ def execute(
         "failed": outcome.failed,
         "blocked": outcome.blocked,
         "interrupted": outcome.interrupted,
+        "reason": outcome.reason,
         "seconds": round(seconds, 1),
-        "model_loads": loads,
-        "verdicts": report.verdicts,
-        "report": str(report.page),
+        "model_loads": driven.model_loads,
+        "gpu_hours": round(driven.gpu_hours, 3),
+        "verdicts": report.report.verdicts,
+        "report": str(report.report.page),
     }
     if not plain:
-        _summarise(console, outcome, seconds, loads, folder, report)
+        _summarise(console, outcome, seconds, driven, folder, report.report)
     if outcome.interrupted:
         return Result(130, data)
     return Result(0 if outcome.complete else 1, data)
 
 
-def write_report(folder: RunFolder) -> Report:
+@dataclass
+class _Driven:
+    """A plan brought to its end by one driver, or by a second where the first left holes."""
+
+    sweep: Sweep
+    store: Store
+    plan: Plan
+    folder: RunFolder
+    fence: Fence
+    place: Place
+    plain: bool
+    console: Console
+    model_loads: int = 0
+    gpu_hours: float = 0.0
+
+    def run(self) -> Outcome:
+        assessment = assess(self.plan, self.store)
+        if not assessment.count("run") and not assessment.count("undetermined"):
+            # Nothing to do needs no cluster; the journal says so for `status`.
+            return self._drive(lambda: Capacity(()), _Quiet(self.console, 0), assessment)
+        with Cluster(self.place.address, self.place.cpus, self.place.gpus) as cluster:
+            capacity = cluster.capacity()
+            _refuse_impossible(self.sweep, capacity)
+            if not self.plain:
+                nodes = f"{capacity.nodes} node{'s' if capacity.nodes > 1 else ''}"
+                cards = f", {capacity.gpus:g} GPUs" if capacity.gpus else ""
+                self.console.print(
+                    f"Run {self.sweep.name}: {len(self.plan.nodes)} stages, "
+                    f"{assessment.count('reuse')} of them in the store; "
+                    f"{nodes} with {capacity.cpus:g} CPUs{cards}"
+                )
+            with _watch(self.console, self.plain, len(self.plan.nodes)) as watch:
+                return self._drive(cluster.capacity, watch, assessment)
+
+    def _drive(
+        self, look: Callable[[], Capacity], listener: PlainWatch, assessment: Assessment
+    ) -> Outcome:
+        driver = Driver(
+            self.plan,
+            self.store,
+            self.folder,
+            self.sweep,
+            look,
+            self.fence,
+            listener,
+            _provenance(),
+            assessment=assessment,
+            target=self.place.target,
+        )
+        with _stopped_by_signals(driver):
+            outcome = driver.execute()
+        self.model_loads += driver.model_loads
+        self.gpu_hours = driver.gpu_hours
+        return outcome
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report, and what could not be put into it."""
+
+    report: Report
+    damaged: list[tuple[str, str]]
+    """Kind and key of artefacts that are not what was written."""
+
+
+def write_report(folder: RunFolder) -> Written:
     """Build the report of a run from the store."""
     sweep = folder.sweep()
-    base, store_root = folder.place()
-    store = Store(store_root)
+    base, location = folder.place()
+    store = Store(Path(location))
     plan = build_plan(sweep, base, DigestCache(store.root / "digests.json"))
     records = folder.records()
-    results = results_table(plan, store, records)
-    maps = maps_table(plan, store)
+    damaged: list[tuple[str, str]] = []
+    results = results_table(plan, store, records, damaged)
+    maps = maps_table(plan, store, damaged)
     depths = [depth for depth in sweep.depths if depth]
     consensus = consensus_table(maps, depths, sweep.maps.pool, results)
     state = status_data(folder)
@@ -146,42 +213,45 @@ def write_report(folder: RunFolder) -> Report:
         wall_seconds=folder.seconds(),
         versions=_provenance(),
     )
-    return build_report(
+    report = build_report(
         results,
         maps,
         consensus,
         profile_table(),
         summary,
         folder.report,
-        validation_table(plan, store),
+        validation_table(plan, store, damaged),
     )
+    return Written(report, damaged)
 
 
-def _shape(sweep: Sweep, capacity: Capacity) -> Shape:
-    gpus = sweep.resources.gpus
-    if gpus is None:
-        gpus = 1.0 if capacity.gpus else 0.0
-    shape = Shape(cpus=sweep.resources.cpus, gpus=gpus)
-    if shape.cpus > capacity.node_cpus:
+def _refuse_impossible(sweep: Sweep, capacity: Capacity) -> None:
+    """A job that no node can hold would wait for ever."""
+    resources = sweep.resources
+    if resources.autoscaling:
+        return
+    if resources.cpus > capacity.node_cpus:
         raise InvalidInput(
-            f"a job wants {shape.cpus:g} CPUs, but no node has more than {capacity.node_cpus:g}",
+            f"a job wants {resources.cpus:g} CPUs, but no node has more than "
+            f"{capacity.node_cpus:g}",
             "sweep.resources.cpus",
             "lower it",
         )
-    if shape.gpus > capacity.node_gpus:
+    if (resources.gpus or 0) > capacity.node_gpus:
         raise InvalidInput(
-            f"a job wants {shape.gpus:g} GPUs, but no node has more than {capacity.node_gpus:g}",
+            f"a job wants {resources.gpus:g} GPUs, but no node has more than "
+            f"{capacity.node_gpus:g}",
             "sweep.resources.gpus",
             "lower it, or set it to 0 to run on CPUs",
         )
-    return shape
-
-
-def _slots(shape: Shape, capacity: Capacity) -> int:
-    slots = int(capacity.cpus // shape.cpus)
-    if shape.gpus:
-        slots = min(slots, int(capacity.gpus // shape.gpus))
-    return max(1, slots)
+    shape = Shape(resources.ranks, resources.cpus, resources.gpus or float(bool(capacity.gpus)))
+    if not fits([shape], capacity):
+        raise InvalidInput(
+            f"a training job wants {resources.ranks} ranks of {shape.cpus:g} CPUs and "
+            f"{shape.gpus:g} GPUs; the cluster has {capacity.cpus:g} and {capacity.gpus:g} in all",
+            "sweep.resources.ranks",
+            "lower it",
+        )
 
 
 class _Quiet(PlainWatch):
@@ -201,18 +271,29 @@ def _watch(console: Console, plain: bool, total: int) -> Iterator[PlainWatch]:
 
 
 @contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (batch systems, Ray Jobs) ends a run as Ctrl-C does. Ray sets its own handler first."""
+def _stopped_by_signals(driver: Driver) -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM (Ray Jobs, SLURM) and a lost terminal stop a run in an orderly way.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise KeyboardInterrupt
+    A second one ends it at once. Ray's own handlers were set before.
+    """
+    asked: list[int] = []
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        driver.stop("interrupted" if number == signal.SIGINT else "told to end")
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signals.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _provenance() -> dict[str, str]:
@@ -236,14 +317,15 @@ def _summarise(
     console: Console,
     outcome: Outcome,
     seconds: float,
-    loads: int,
+    driven: _Driven,
     folder: RunFolder,
     report: Report,
 ) -> None:
     fresh = outcome.done - outcome.reused
     console.print(
         f"{outcome.done} stages done ({outcome.reused} reused, {fresh} run) in {seconds:.0f} s; "
-        f"base models loaded {loads} times"
+        f"base models loaded {driven.model_loads} times"
+        + (f"; {driven.gpu_hours:.2f} GPU-hours so far" if driven.gpu_hours else "")
     )
     records = folder.records() if outcome.failed else {}
     for node_id in outcome.failed:
@@ -252,8 +334,11 @@ def _summarise(
         console.print(f"        log: {record.log}", markup=False)
     if outcome.blocked:
         console.print(f"{len(outcome.blocked)} more stages wait for what failed")
-    if outcome.interrupted:
-        console.print("Interrupted. Run the same command again to go on.")
+    if outcome.reason:
+        go_on = "Run the same command again to go on."
+        if not outcome.interrupted:
+            go_on = "Raise limits.gpu_hours to go on."
+        console.print(f"Stopped: {outcome.reason}. {go_on}")
     for model, sentence in report.verdicts.items():
         console.print(f"{model}: {sentence}", markup=False, soft_wrap=True)
     console.print(f"Report: {report.page}", markup=False, soft_wrap=True)

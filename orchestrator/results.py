@@ -3,6 +3,8 @@
 Every cell of the plan has its row, with a status and a reason where there is no score.
 """
 
+import contextlib
+import io
 import json
 from typing import Any
 
@@ -18,7 +20,7 @@ from orchestrator.report.tables import (
 )
 from orchestrator.reuse import decide
 from orchestrator.runs import StageRecord
-from orchestrator.store import Store
+from orchestrator.store import CorruptArtefact, Store
 from orchestrator.validation import validate
 from workers.maps.redundancy import RedundancyMap
 
@@ -26,12 +28,28 @@ SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
 METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
 
 
-def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> pd.DataFrame:
-    """One row per evaluation and metric (columns of the design's `results.parquet`)."""
+DAMAGED = "its artefact in the store is not what was written: run the sweep again"
+
+
+def results_table(
+    plan: Plan,
+    store: Store,
+    records: dict[str, StageRecord],
+    damaged: list[tuple[str, str]],
+) -> pd.DataFrame:
+    """One row per evaluation and metric (columns of the design's `results.parquet`).
+
+    Args:
+        plan: of the run.
+        store: of the run.
+        records: what the journal says of each stage.
+        damaged: receives kind and key of artefacts that are not what was written.
+    """
     rows: list[dict[str, Any]] = []
     for node in plan.by_kind("evaluate"):
         heal = plan.nodes[node.inputs["model"]]
-        decide(plan, heal, store)
+        with contextlib.suppress(CorruptArtefact):
+            decide(plan, heal, store)
         block = heal.params.get("block")
         key = plan.key(node.id)
         shared = {
@@ -40,8 +58,13 @@ def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> 
             "block_start": block["start"] if block else None,
             "stage_key": key,
         }
+        data = None
         if key is not None and store.has("evaluate", key):
-            data = json.loads((store.path("evaluate", key) / "scores.json").read_text())
+            try:
+                data = json.loads(store.read("evaluate", key, "scores.json"))
+            except CorruptArtefact:
+                damaged.append(("evaluate", key))
+        if data is not None:
             rows.extend(
                 {
                     **shared,
@@ -54,6 +77,8 @@ def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> 
             )
         else:
             state, reason = _why_not(node, records)
+            if ("evaluate", key) in damaged:
+                state, reason = "pending", DAMAGED
             rows.extend(
                 {**shared, "metric": metric, "status": state, "reason": reason}
                 for metric in METRICS[node.cell["task"]]
@@ -61,14 +86,18 @@ def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> 
     return typed(rows, RESULTS_COLUMNS)
 
 
-def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
+def maps_table(plan: Plan, store: Store, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """One row per map, criterion, pool and block (columns of the design's `maps.parquet`)."""
     parts = []
     for node in (*plan.by_kind("map"), *plan.by_kind("damage")):
         key = plan.key(node.id)
         if key is None or not store.has(node.kind, key):
             continue
-        part = pd.read_parquet(store.path(node.kind, key) / "map.parquet")
+        try:
+            part = pd.read_parquet(io.BytesIO(store.read(node.kind, key, "map.parquet")))
+        except CorruptArtefact:
+            damaged.append((node.kind, key))
+            continue
         labels = {name: value for name, value in node.cell.items() if name != "layers"}
         parts.append(part.assign(**labels, stage_key=key))
     if not parts:
@@ -76,7 +105,7 @@ def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
     return pd.concat([typed(part, MAPS_COLUMNS) for part in parts], ignore_index=True)
 
 
-def validation_table(plan: Plan, store: Store) -> pd.DataFrame:
+def validation_table(plan: Plan, store: Store, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """Every map that has a damage map of its condition, held against it (`validation.parquet`)."""
     parts = []
     for damage in plan.by_kind("damage"):
@@ -85,7 +114,7 @@ def validation_table(plan: Plan, store: Store) -> pd.DataFrame:
         folders = [
             store.path(node.kind, key)
             for node, key in zip((beside, damage), keys, strict=True)
-            if key is not None and store.has(node.kind, key)
+            if key is not None and store.has(node.kind, key) and (node.kind, key) not in damaged
         ]
         if len(folders) == 2:
             judged = validate(RedundancyMap.load(folders[0]), RedundancyMap.load(folders[1]))
@@ -103,7 +132,7 @@ def profile_table() -> pd.DataFrame:
 
 def _why_not(node: Node, records: dict[str, StageRecord]) -> tuple[str, str]:
     record = records.get(node.id)
-    if record is None or record.state in ("pending", "running", "done"):
+    if record is None or record.state in ("pending", "running", "stopped", "done"):
         return "pending", "not run yet"
     if record.state == "failed":
         return "failed", f"({record.failure}) {record.message}"

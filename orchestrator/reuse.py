@@ -1,5 +1,7 @@
 """What a plan would run, what is there already, and why: the store held against the plan."""
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +9,7 @@ import pandas as pd
 
 from orchestrator.graph import Node, Plan
 from orchestrator.selectors import choose_start
-from orchestrator.store import Store
+from orchestrator.store import CorruptArtefact, Store
 
 Verdict = Literal["run", "reuse", "undetermined", "unneeded"]
 TARGETS = ("evaluate", "map", "damage")
@@ -31,6 +33,10 @@ def decide(plan: Plan, node: Node, store: Store) -> bool:
 
     Returns:
         Whether the node's block is determined (or it never had a choice).
+
+    Raises:
+        CorruptArtefact: a map is not what was written.
+        StoreUnreachable: the store is away.
     """
     choice = node.choice
     if choice is None:
@@ -41,7 +47,7 @@ def decide(plan: Plan, node: Node, store: Store) -> bool:
             kind, key = plan.nodes[map_id].kind, plan.key(map_id)
             if key is None or not store.has(kind, key):
                 return False
-            tables.append(pd.read_parquet(store.path(kind, key) / "map.parquet"))
+            tables.append(pd.read_parquet(io.BytesIO(store.read(kind, key, "map.parquet"))))
         plan.starts[choice] = choose_start(choice, tables)
     plan.determine(node.id, plan.starts[choice])
     return True
@@ -52,7 +58,9 @@ def assess(plan: Plan, store: Store) -> Assessment:
     verdicts: dict[str, Verdict] = {}
     reasons: dict[str, str] = {}
     for node in plan.nodes.values():
-        decide(plan, node, store)
+        # A damaged map is made anew by a run; here it is as if it were not there yet.
+        with contextlib.suppress(CorruptArtefact):
+            decide(plan, node, store)
         key = plan.key(node.id)
         if key is None:
             verdicts[node.id] = "undetermined"

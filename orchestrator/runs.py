@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from orchestrator.graph import Plan
+from orchestrator.store import Store
 from orchestrator.sweep import Sweep, parse_sweep
 from workers.errors import InvalidInput
 
@@ -24,6 +25,10 @@ STALE_SECONDS = 30.0
 
 class RunHeld(Exception):
     """Another driver holds the run."""
+
+
+class RunTaken(Exception):
+    """Another driver has taken this run over."""
 
 
 @dataclass
@@ -41,6 +46,8 @@ class StageRecord:
     failure: str = ""
     message: str = ""
     log: str = ""
+    relief: str = ""
+    """What its newest try does differently to need less memory."""
     dependencies: list[str] = field(default_factory=list)
 
 
@@ -53,6 +60,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self._lines: list[str] = []
+        self._gathering = False
 
     @classmethod
     def existing(cls, name: str) -> "RunFolder":
@@ -78,13 +87,13 @@ class RunFolder:
         """Folder of the report."""
         return self.path / "report"
 
-    def log(self, node_id: str, attempt: int) -> Path:
+    def log(self, node_id: str, attempt: int) -> str:
         """Log file of one attempt."""
-        return self.path / "logs" / f"{node_id.replace('/', '.')}.{attempt}.log"
+        return str(self.path / "logs" / f"{node_id.replace('/', '.')}.{attempt}.log")
 
     # --- what is fixed when a run starts -----------------------------------------------------
 
-    def start(self, sweep: Sweep, base: Path, store: Path, plan: Plan) -> None:
+    def start(self, sweep: Sweep, base: Path, store: str, plan: Plan) -> None:
         """Write the resolved sweep, where it runs, and the plan."""
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -94,25 +103,52 @@ class RunFolder:
             for n in plan.nodes.values()
         ]
         _replace(self.path / "plan.json", json.dumps({"sweep": sweep.name, "nodes": nodes}))
-        place = {"base": str(base.absolute()), "store": str(store.absolute())}
+        place = {"id": self.identity(), "base": str(base.absolute()), "store": str(store)}
         _replace(self.path / "run.json", json.dumps(place, indent=1))
+
+    def identity(self) -> str:
+        """What tells this run from others of its name elsewhere; made at its first start."""
+        try:
+            known = json.loads((self.path / "run.json").read_text()).get("id")
+        except (OSError, ValueError):
+            known = None
+        return str(known or uuid.uuid4().hex)
 
     def sweep(self) -> Sweep:
         """The resolved sweep."""
         return parse_sweep(yaml.safe_load((self.path / "sweep.yaml").read_text()))
 
-    def place(self) -> tuple[Path, Path]:
-        """The folder relative paths start from, and the store."""
+    def place(self) -> tuple[Path, str]:
+        """The folder relative paths start from, and the store's location."""
         place = json.loads((self.path / "run.json").read_text())
-        return Path(place["base"]), Path(place["store"])
+        return Path(place["base"]), str(place["store"])
 
     # --- journal -----------------------------------------------------------------------------
 
     def note(self, event: str, **fields: Any) -> None:
-        """Append an event to the journal, a line of JSON."""
+        """Append an event to the journal, a line of JSON.
+
+        Where the folder cannot be written for a while, lines are kept and written with a later one.
+        """
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with (self.path / "journal.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._lines.append(line + "\n")
+        if self._gathering:
+            return
+        with (
+            contextlib.suppress(OSError),
+            (self.path / "journal.jsonl").open("a", encoding="utf-8") as file,
+        ):
+            file.write("".join(self._lines))
+            self._lines.clear()
+
+    @contextlib.contextmanager
+    def noting_many(self) -> Iterator[None]:
+        """Write the events of the block together at the next one."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The journal's events; a line cut short by a crash is passed over."""
@@ -155,6 +191,10 @@ class RunFolder:
             last = event["time"]
         return total + (last - began if began is not None else 0.0)
 
+    def gpu_seconds(self) -> float:
+        """GPU-seconds that stages of this run have used."""
+        return sum(event.get("gpu_seconds", 0.0) for event in self.events())
+
     # --- lock --------------------------------------------------------------------------------
 
     def held(self) -> bool:
@@ -162,8 +202,12 @@ class RunFolder:
         return _alive(self.path / "lock.json") is not None
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, takeover: bool = False) -> Iterator["Hold"]:
         """Hold the run while the block lasts; a heartbeat shows that we live.
+
+        Args:
+            takeover: take it from a driver that seems to live; that one stops at its next heartbeat,
+                and nothing it still does is committed.
 
         Raises:
             RunHeld: another driver does; names its machine and process.
@@ -171,29 +215,47 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "lock.json"
         holder = _alive(path)
-        if holder is not None:
+        if holder is not None and not takeover:
             raise RunHeld(
                 f"another driver holds run {self.name} "
-                f"(process {holder['pid']} on {holder['host']})"
+                f"(process {holder['pid']} on {holder['host']}); if it is gone for good, "
+                "run with --takeover"
             )
         if path.exists():  # Its driver is gone. Renaming is atomic: one of several takers wins.
             with contextlib.suppress(FileNotFoundError):
                 stale = path.with_name(f"lock.{uuid.uuid4().hex}.stale")
                 path.rename(stale)
                 stale.unlink()
-        token = uuid.uuid4().hex
+        hold = Hold(path)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             raise RunHeld(f"another driver has just taken run {self.name}") from None
         with os.fdopen(descriptor, "w") as file:
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "token": token}, file)
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "token": hold.token}, file)
+        with hold.beating():
+            yield hold
+
+
+class Hold:
+    """The lock of a run, held by this process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.token = path, uuid.uuid4().hex
+        self.taken = False
+        """Whether another driver has taken it from us."""
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Show that we live until the block ends, then let go."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_SECONDS):
+                self.look()
                 with contextlib.suppress(OSError):
-                    os.utime(path)
+                    if not self.taken:
+                        os.utime(self._path)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -202,9 +264,57 @@ class RunFolder:
         finally:
             stop.set()
             thread.join()
-            with contextlib.suppress(OSError, ValueError):
-                if json.loads(path.read_text()).get("token") == token:
-                    path.unlink()
+            if self._ours():
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+
+    def look(self) -> None:
+        """See whether the lock is still ours; a folder that cannot be read tells nothing."""
+        ours = self._ours()
+        if ours is not None:
+            self.taken = not ours
+
+    def _ours(self) -> bool | None:
+        try:
+            return bool(json.loads(self._path.read_text()).get("token") == self.token)
+        except (OSError, ValueError):
+            return None
+
+
+class Fence:
+    """The number of a driver among those that held a run, kept in the store for workers to see.
+
+    A worker commits only while the number it was given is the newest, so that a driver which was
+    taken for dead changes nothing any more. The same note asks workers to stop.
+
+    Args:
+        store: of the run.
+        run: the run's identity.
+        hold: the lock.
+    """
+
+    def __init__(self, store: Store, run: str, hold: Hold) -> None:
+        self._store, self._hold = store, hold
+        self.name = f"driver-{run}"
+        self.number = int((store.read_note(self.name) or {}).get("number", 0)) + 1
+        store.write_note(self.name, {"number": self.number, "stop": False})
+
+    def ticket(self) -> dict[str, Any]:
+        """What a worker needs to see whether the fence still stands."""
+        return {"name": self.name, "number": self.number}
+
+    def ask_to_stop(self) -> None:
+        """Have workers keep a checkpoint and leave."""
+        self._store.write_note(self.name, {"number": self.number, "stop": True})
+
+    def check(self) -> None:
+        """See that no other driver has taken the run.
+
+        Raises:
+            RunTaken: one has.
+        """
+        if self._hold.taken:
+            raise RunTaken("another driver has taken this run over; this one stops")
 
 
 def _apply(record: StageRecord, event: dict[str, Any]) -> None:
@@ -212,10 +322,15 @@ def _apply(record: StageRecord, event: dict[str, Any]) -> None:
         case "start":
             record.state, record.attempts = "running", event["attempt"]
             record.key, record.log = event.get("key"), event.get("log", "")
+            record.relief = event.get("relief", "")
         case "done":
             record.state, record.reused = "done", event.get("reused", False)
             record.key, record.seconds = event.get("key"), event.get("seconds", 0.0)
             record.failure = record.message = ""
+        case "retry":
+            record.failure, record.message = event["class"], event["message"]
+        case "stopped":
+            record.state, record.message = "stopped", event["message"]
         case "failed":
             record.state = "failed"
             record.failure, record.message = event["class"], event["message"]

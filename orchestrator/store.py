@@ -5,6 +5,7 @@ digest of every file. Work happens in a temporary sibling that is flushed and re
 no valid marker does not exist.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,29 +19,46 @@ from workers.errors import InvalidInput
 
 MARKER = "complete.json"
 STAGE = "stage.json"
+NOTES = ".notes"
+IDENTITY = ".layersweep-store"
+"""A file in every store's root: a mount that has gone leaves an empty folder behind, without it."""
 
 
 class CorruptArtefact(Exception):
     """An artefact whose files do not match its marker."""
+
+    def __init__(self, message: str, kind: str, key: str) -> None:
+        super().__init__(message)
+        self.kind, self.key = kind, key
+
+
+class StoreUnreachable(OSError):
+    """The store cannot be reached at the moment: nothing can be said of what is in it."""
 
 
 class Store:
     """Artefacts by kind and key.
 
     Args:
-        root: the store's folder; made when missing.
+        root: the store's folder.
+        new: make it when it is missing.
 
     Raises:
         InvalidInput: the folder cannot be made or written.
+        StoreUnreachable: it isn't there, and is not to be made.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, new: bool = True) -> None:
         self.root = root.absolute()
+        if not new:
+            self.reach()
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".probe-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
+            (self.root / IDENTITY).touch()
         except OSError as error:
             raise InvalidInput(
                 f"the store cannot be written: {error.strerror or error}",
@@ -48,20 +66,58 @@ class Store:
                 "name a folder you may write to",
             ) from None
 
+    @property
+    def location(self) -> str:
+        """How another process opens it."""
+        return str(self.root)
+
     def path(self, kind: str, key: str) -> Path:
         """Where the artefact lies, or would lie."""
         return self.root / kind / key
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether a complete artefact is there (marker valid, files of the right sizes)."""
+        """Whether a complete artefact is there (marker valid, files of the right sizes).
+
+        Raises:
+            StoreUnreachable: the store itself is away, so that nobody can tell.
+        """
         folder = self.path(kind, key)
         files = _marker(folder)
-        if files is None:
-            return False
+        if files is not None:
+            with contextlib.suppress(OSError):
+                return all((folder / name).stat().st_size == f["size"] for name, f in files.items())
+        self.reach()
+        return False
+
+    def reach(self) -> None:
+        """Check that the store is there.
+
+        Raises:
+            StoreUnreachable: it is not.
+        """
         try:
-            return all((folder / name).stat().st_size == f["size"] for name, f in files.items())
+            (self.root / IDENTITY).stat()
+        except OSError as error:
+            raise StoreUnreachable(
+                error.errno, f"the store {self.root} cannot be reached: {error.strerror}"
+            ) from None
+
+    def read(self, kind: str, key: str, name: str) -> bytes:
+        """One file of an artefact, its digest checked.
+
+        Raises:
+            CorruptArtefact: it is not what was written.
+        """
+        folder = self.path(kind, key)
+        expected = (_marker(folder) or {}).get(name)
+        try:
+            content = (folder / name).read_bytes()
         except OSError:
-            return False
+            self.reach()
+            content = b""
+        if expected is None or hashlib.sha256(content).hexdigest() != expected["sha256"]:
+            raise CorruptArtefact(f"{kind}/{key}/{name} is not what was written", kind, key)
+        return content
 
     def stage(self, kind: str, key: str) -> dict[str, Any]:
         """The artefact's `stage.json`: parameters, inputs, provenance, summary."""
@@ -77,14 +133,16 @@ class Store:
         folder = self.path(kind, key)
         files = _marker(folder)
         if files is None:
-            raise CorruptArtefact(f"{kind}/{key} has no valid {MARKER}")
+            self.reach()
+            raise CorruptArtefact(f"{kind}/{key} has no valid {MARKER}", kind, key)
         for name, expected in files.items():
             try:
                 digest = file_digest(folder / name)
             except OSError as error:
-                raise CorruptArtefact(f"{kind}/{key}/{name}: {error.strerror}") from None
+                self.reach()
+                raise CorruptArtefact(f"{kind}/{key}/{name}: {error.strerror}", kind, key) from None
             if digest != expected["sha256"]:
-                raise CorruptArtefact(f"{kind}/{key}/{name} is not what was written")
+                raise CorruptArtefact(f"{kind}/{key}/{name} is not what was written", kind, key)
 
     def discard(self, kind: str, key: str) -> None:
         """Remove an artefact, marker first, so that it is gone at once."""
@@ -94,8 +152,9 @@ class Store:
 
     def begin(self, kind: str, key: str) -> Path:
         """A new empty temporary folder beside the artefact's place."""
+        self.reach()
         parent = self.root / kind
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(exist_ok=True)
         temporary = parent / f".{key}.{uuid.uuid4().hex[:8]}.tmp"
         temporary.mkdir()
         return temporary
@@ -129,6 +188,29 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
         _flush(final.parent)
         return final
+
+    # --- notes: small documents that drivers and workers tell each other by -----------------
+
+    def read_note(self, name: str) -> dict[str, Any] | None:
+        """A note; None if there is none.
+
+        Raises:
+            StoreUnreachable: the store is away.
+        """
+        try:
+            note: dict[str, Any] = json.loads((self.root / NOTES / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            self.reach()
+            return None
+        return note
+
+    def write_note(self, name: str, note: Mapping[str, Any]) -> None:
+        """Replace a note at once."""
+        folder = self.root / NOTES
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}"
+        temporary.write_text(json.dumps(note))
+        temporary.replace(folder / f"{name}.json")
 
     def keys(self, kind: str) -> Iterator[str]:
         """Keys of the complete artefacts of a kind."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from orchestrator.resources import Limits, PriorityEntry, Resources
 from workers.config import (
     LANGUAGE_NAMES,
     AdaptSettings,
@@ -223,18 +224,6 @@ class ReportSettings(Settings):
     """Points of WER or BLEU a pruned model may lose against the equally healed control."""
 
 
-class Resources(Settings):
-    """What one job takes."""
-
-    cpus: float = Field(1.0, gt=0)
-    """CPU cores (and threads) a job."""
-    gpus: float | None = Field(None, ge=0)
-    """GPUs a job; None: one where the cluster has GPUs, else none."""
-    checkpoint_minutes: float | None = Field(5.0, ge=0)
-    """A job that is killed while it trains or decodes goes on from what it kept this often; 0: after
-    each step, null: never. Changes no result."""
-
-
 class Sweep(Settings):
     """A whole sweep file."""
 
@@ -258,6 +247,9 @@ class Sweep(Settings):
     share: Sharing = Sharing()
     report: ReportSettings = ReportSettings()
     resources: Resources = Resources()
+    limits: Limits = Limits()
+    priority: list[PriorityEntry] = Field(default=[])
+    """What to do first; the first entry is the most urgent."""
 
     @field_validator("name")
     @classmethod
@@ -321,7 +313,31 @@ class Sweep(Settings):
             raise ValueError(f"maps.pool {self.maps.pool} is not among maps.pools")
         for entry in self.selectors:
             self._check_criterion(entry)
+        if self.resources.autoscaling and self.limits.jobs is None:
+            raise ValueError(
+                "resources.autoscaling: true needs limits.jobs, the most jobs to ask for at once"
+            )
+        for index, first in enumerate(self.priority):
+            self._check_priority(first, f"priority[{index}]")
         return self
+
+    def _check_priority(self, entry: PriorityEntry, where: str) -> None:
+        known: dict[str, set[Any]] = {
+            "model": {model.name for model in self.models},
+            "encoder": {encoder.name for encoder in self.encoders} | {"own"},
+            "task": {condition.task for condition in self.conditions()},
+            "language": {condition.source_language for condition in self.conditions()},
+            "depth": set(self.depths),
+            "heal": set(self.heal.modes),
+        }
+        given = entry.model_dump(exclude_none=True)
+        if not given:
+            raise ValueError(f"{where} names no cell: give one of {', '.join(known)}")
+        for name, value in given.items():
+            for wanted in value if isinstance(value, list) else [value]:
+                if wanted not in known[name]:
+                    there = ", ".join(map(str, sorted(known[name]))) or "none"
+                    raise ValueError(f"{where}.{name}: the sweep has no {wanted} (it has {there})")
 
     def _check_criterion(self, entry: SelectorEntry) -> None:
         maps, name = self.maps, f"selector {entry.label}"

@@ -81,8 +81,8 @@ class LiveWatch(PlainWatch):
         for kind, counts in kinds.items():
             table.add_row(kind, *(str(counts[s] or "-") for s in STATES))
         running = [
-            Text(f"  {node_id}  {seconds:.0f} s  {last_line(log)}", overflow="ellipsis")
-            for node_id, seconds, log in driver.running()
+            Text(f"  {r.node_id}  {r.seconds:.0f} s  {last_line(Path(r.log))}", overflow="ellipsis")
+            for r in driver.running()
         ]
         elapsed = time.monotonic() - self.started
         head = Text(f"{self.done} of {self.total} stages, {elapsed:.0f} s")

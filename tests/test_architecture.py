@@ -71,7 +71,7 @@ def test_the_driver_names_its_target_by_path_and_the_target_exists():
     """The one arrow imports do not show: what a lease is asked to call."""
     from importlib import import_module
 
-    from orchestrator.driver import TARGET
+    from orchestrator.driver.loop import TARGET
     from workers.stages import STAGES
 
     module, _, function = TARGET.partition(":")

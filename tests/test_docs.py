@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from orchestrator.cli import app
 from orchestrator.consensus import SCOPES, consensus_table
-from orchestrator.driver import BACKOFF_SECONDS, RETRIES
+from orchestrator.driver.retries import BACKOFF_SECONDS, RETRIES
 from orchestrator.report.tables import TABLES
 from orchestrator.runs import HEARTBEAT_SECONDS, STALE_SECONDS
 from orchestrator.sweep import SelectorName, load_sweep

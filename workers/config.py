@@ -15,6 +15,10 @@ Criterion = Literal["angular", "influence", "cka", "damage"]
 CHEAP_CRITERIA: tuple[Criterion, ...] = ("angular", "influence", "cka")
 """Those that one forward pass gives; `damage` skips every block."""
 
+DAMAGE_BATCH = 8
+"""Utterances a damage map takes at once: every open block is a row for each of them in a layer's
+batch, so a few fill it."""
+
 LANGUAGE_NAMES = {
     "ar": "Arabic", "ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek",
     "en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian", "fi": "Finnish",

@@ -16,7 +16,7 @@ from orchestrator.cli.options import app as app
 def main() -> None:
     """Entry point: turns errors a user can mend into one message and an exit status."""
     from cluster.connection import BadAddress, ClusterUnreachable
-    from orchestrator.runs import RunHeld
+    from orchestrator.runs import RunHeld, RunTaken
     from workers.errors import InvalidInput
 
     try:
@@ -25,7 +25,7 @@ def main() -> None:
         _complain(str(error), 2)
     except ClusterUnreachable as error:
         _complain(f"{error}; `layersweep doctor` says more", 2)
-    except RunHeld as error:
+    except (RunHeld, RunTaken) as error:
         _complain(str(error), 3)
     except KeyboardInterrupt:
         _complain("interrupted", 130)

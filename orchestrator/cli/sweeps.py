@@ -132,15 +132,22 @@ def run(
     cpus: Annotated[
         int | None, typer.Option(min=1, help="CPU slots of the embedded cluster.")
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs of the embedded cluster; without it those it finds."),
+    ] = None,
+    takeover: Annotated[
+        bool,
+        typer.Option("--takeover", help="Take the run from a driver that seems to live."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep, or resume it: what is in the store is not done again."""
-    from orchestrator.execute import execute
+    from orchestrator.execute import Place, execute
 
     sweep, opened, base, laid_out = _load(sweep_file, store, overrides)
-    result = execute(
-        sweep, opened, base, laid_out, address=address, cpus=cpus, plain=as_json, console=console()
-    )
+    place = Place(address, cpus, gpus, takeover)
+    result = execute(sweep, opened, base, laid_out, place=place, plain=as_json, console=console())
     if as_json:
         print_json(result.data)
     raise typer.Exit(result.status)
@@ -184,7 +191,7 @@ def report(run_name: RunName, as_json: AsJson = False) -> None:
     from orchestrator.runs import RunFolder
 
     folder = RunFolder.existing(run_name)
-    written = write_report(folder)
+    written = write_report(folder).report
     if as_json:
         print_json({"verdicts": written.verdicts, "report": str(written.page)})
     else:

@@ -5,19 +5,20 @@ import signal
 import time
 
 
-def describe(payload, rank, ranks):
+def describe(payload, rank, ranks, meeting):
     return {
         "payload": payload,
         "rank": rank,
         "ranks": ranks,
+        "meeting": meeting,
         "pid": os.getpid(),
         "threads": os.environ["OMP_NUM_THREADS"],
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
 
 
-def die(payload, rank, ranks):
-    del payload, ranks
+def die(payload, rank, ranks, meeting):
+    del payload, ranks, meeting
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)

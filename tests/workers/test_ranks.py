@@ -97,7 +97,7 @@ def test_a_halved_micro_batch_is_the_same_step():
     assert [Relief(n).size(6) for n in range(5)] == [6, 3, 2, 1, 1]
 
 
-def test_a_rank_whose_peer_dies_says_so_and_does_not_hang(tmp_path):
+def test_a_rank_whose_peer_dies_says_so_and_does_not_hang():
     code = (
         "import os, sys; sys.argv[0] = 'x'\n"
         "from workers.ranks import join\n"

@@ -4,14 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.config import DamageSettings
+from workers.config import DAMAGE_BATCH, DamageSettings
 from workers.maps.damage import damage_map
 from workers.maps.inputs import example_batches
 from workers.stages import Context, Input
 from workers.stages.map import mapped_model
-
-BATCH_SIZE = 8
-"""Utterances: every open block is a row for each of them in a layer's batch, so a few fill it."""
 
 
 def run(
@@ -32,7 +29,7 @@ def run(
     with mapped_model(params, inputs, context, settings.samples) as (model, encoded):
         measured = damage_map(
             model.decoder,
-            example_batches(model, encoded, context.relief.size(BATCH_SIZE)),
+            example_batches(model, encoded, context.relief.size(DAMAGE_BATCH)),
             settings.depths,
             context.progress,
             samples=len(encoded),
