@@ -1,33 +1,25 @@
 """The driver's loop: ready stages to leases, verdicts to states, until nothing more can be done."""
 
 import contextlib
-import heapq
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.connection import Capacity
-from cluster.lease import CallFailed, LeaseLost, Shape, answer, wait
+from cluster.lease import CallFailed, LeaseLost, answer, wait
+from orchestrator.driver.choice import next_start
 from orchestrator.driver.fleet import Fleet, Held
 from orchestrator.driver.order import Order
-from orchestrator.driver.retries import (
-    GROUND,
-    RETRIES,
-    UNREACHABLE_SECONDS,
-    Rung,
-    budget_class,
-    delay,
-    higher,
-    joint_verdict,
-    next_rung,
-)
+from orchestrator.driver.progress import Progress
+from orchestrator.driver.ready import Ready
+from orchestrator.driver.retries import GROUND, joint_verdict
 from orchestrator.driver.shapes import Shapes, fits, slots
+from orchestrator.driver.tries import Tries
 from orchestrator.graph import Node, Plan
-from orchestrator.reuse import Assessment, assess, decide
+from orchestrator.reuse import Assessment, assess
 from orchestrator.runs import Fence, RunFolder, RunTaken
-from orchestrator.store import CorruptArtefact, Store, StoreUnreachable
+from orchestrator.store import Store
 from orchestrator.sweep import Sweep
 
 TARGET = "orchestrator.attempt:run_attempt"
@@ -130,23 +122,19 @@ class Driver:
         resources = self.sweep.resources
         self.fleet = Fleet(self.look, self.sweep.limits, resources)
         self._shapes = Shapes(resources, bool(self.fleet.capacity.gpus), self.shares)
-        self._dependents = self.plan.dependents()
+        most, gpus = resources.most_ranks, self.sweep.limits.gpus
+        if gpus is not None and self.fleet.capacity.gpus:
+            most = max(1, min(most or int(gpus), int(gpus)))
+        self._tries = Tries(self._shapes, most)
+        self._progress = Progress(
+            self.plan, self.store, self.run, self.listener.event, self, self.state
+        )
         self.estimates = self.estimates or {i: n.cost for i, n in self.plan.nodes.items()}
-        self._order = Order(self.plan, self._dependents, self.estimates, self.sweep.priority)
-        self._missing: dict[str, int] = {}
-        self._ready: dict[tuple[str | None, Shape], list[tuple[Any, str]]] = defaultdict(list)
-        self._delayed: list[tuple[float, str]] = []
-        self._attempts: Counter[str] = Counter()
-        self._failures: Counter[tuple[str, str]] = Counter()
-        self._rungs: dict[str, Rung] = {}
-        self._learnt: dict[tuple[str | None, str], Rung] = {}
-        """What stages of a kind on a base needed: the next ones begin there."""
-        self._alone: set[str] = set()
-        self._unreachable_since: dict[str, float] = {}
+        self._order = Order(
+            self.plan, self._progress.dependents, self.estimates, self.sweep.priority
+        )
+        self._ready = Ready(self._order)
         self._waiting_since: dict[str, float] = {}
-        self._twins: dict[str, list[str]] = defaultdict(list)
-        self._in_flight: dict[str, str] = {}
-        self._reused = 0
         self._looked = time.monotonic()
         self._gpu_seconds = self.run.gpu_seconds()
         self._stopping_since: float | None = None
@@ -208,7 +196,7 @@ class Driver:
             Running(
                 held.node_id,
                 now - held.started,
-                self.run.log(held.node_id, self._attempts[held.node_id]),
+                self.run.log(held.node_id, self._tries.attempts[held.node_id]),
                 held.gpus,
                 held.shape.ranks,
             )
@@ -233,9 +221,11 @@ class Driver:
         """
         self.run.note("begin", nodes=len(self.plan.nodes))
         try:
-            self._begin()
+            self.assessment = self.assessment or assess(self.plan, self.store)
+            self._progress.begin(self.assessment)
             while self._unfinished():
-                self._wake_delayed()
+                for node_id in self._ready.due():
+                    self._progress.look_again(node_id)
                 self._launch()
                 self._collect()
                 self._look_around()
@@ -250,11 +240,11 @@ class Driver:
         )
         outcome = Outcome(
             done=sum(state == "done" for state in self.state.values()),
-            reused=self._reused,
+            reused=self._progress.reused,
             failed=[i for i, state in self.state.items() if state == "failed"],
             blocked=[i for i, state in self.state.items() if state == "blocked"],
-            interrupted=self._interrupted,
-            reason=self.reason if left else "",
+            interrupted=self._interrupted and left,
+            reason=(self.reason or "stages were left waiting") if left else "",
         )
         self.run.note(
             "end",
@@ -266,86 +256,24 @@ class Driver:
         )
         return outcome
 
-    def _begin(self) -> None:
-        self.assessment = self.assessment or assess(self.plan, self.store)
-        finished = [i for i, v in self.assessment.verdicts.items() if v in ("reuse", "unneeded")]
-        for node_id, node in self.plan.nodes.items():
-            self.state[node_id] = "waiting"
-            self._missing[node_id] = len(node.dependencies())
-        with self.run.noting_many():
-            for node_id in finished:
-                self.state[node_id] = "done"
-                self._reused += 1
-                self.run.note("done", id=node_id, key=self.plan.key(node_id), reused=True)
-        for node_id in finished:
-            for other in self._dependents[node_id]:
-                self._missing[other] -= 1
-        for node_id in self.plan.nodes:
-            if self.state[node_id] == "waiting" and self._missing[node_id] == 0:
-                self._make_ready(node_id)
-
     def _unfinished(self) -> bool:
         busy = bool(self.fleet.busy())
-        if self.reason:
-            return busy
-        return busy or bool(self._delayed or any(self._ready.values()))
+        return busy if self.reason else busy or bool(self._ready)
 
     # --- ready ---------------------------------------------------------------------------
 
-    def _make_ready(self, node_id: str) -> None:
-        """All it waits for is done: decide its block, find its key, reuse or queue it."""
+    def enqueue(self, node_id: str) -> None:
+        """A stage can start."""
         node = self.plan.nodes[node_id]
-        try:
-            if not decide(self.plan, node, self.store):
-                self._remake(
-                    node_id,
-                    [m for m in node.choice.maps if not self._there(m)] if node.choice else [],
-                )
-                return
-            key = self.plan.key(node_id)
-            assert key is not None
-            there = self.store.has(node.kind, key)
-        except CorruptArtefact as damaged:
-            self.store.discard(damaged.kind, damaged.key)
-            self._remake(node_id, self._makers(damaged.kind, damaged.key))
-            return
-        except StoreUnreachable as error:
-            self._wait_for_store(node_id, str(error))
-            return
-        self._unreachable_since.pop(node_id, None)
-        if there:
-            self._reused += 1
-            self.run.note("done", id=node_id, key=key, reused=True)
-            self._finish(node_id)
-        elif self._in_flight.get(key, node_id) != node_id:
-            self._twins[key].append(node_id)  # the same work under another name
-        else:
-            self._in_flight[key] = node_id
-            self._queue(node_id)
+        self._ready.add(node_id, node.base, self._tries.shape(node, self.fleet.capacity))
 
-    def _there(self, node_id: str) -> bool:
-        key = self.plan.key(node_id)
-        return key is not None and self.store.has(self.plan.nodes[node_id].kind, key)
+    def enqueue_later(self, node_id: str, seconds: float) -> None:
+        """A stage may be able to start after a while."""
+        self._ready.add_later(node_id, seconds)
 
-    def _queue(self, node_id: str) -> None:
-        node = self.plan.nodes[node_id]
-        self.state[node_id] = "ready"
-        learnt = self._learnt.get((node.base, node.kind), GROUND)
-        self._rungs[node_id] = higher(self._rungs.get(node_id, GROUND), learnt)
-        shape = self._shapes.of(
-            node, self._rungs[node_id], node_id in self._alone, self.fleet.capacity
-        )
-        heapq.heappush(self._ready[node.base, shape], (self._order(node_id), node_id))
-
-    def _wake_delayed(self) -> None:
-        now = time.monotonic()
-        due = [node_id for when, node_id in self._delayed if when <= now]
-        self._delayed = [(when, node_id) for when, node_id in self._delayed if when > now]
-        for node_id in due:
-            if node_id in self._unreachable_since:
-                self._make_ready(node_id)
-            else:
-                self._queue(node_id)
+    def dequeue(self, node_id: str) -> None:
+        """A stage cannot start any more."""
+        self._ready.remove(node_id)
 
     # --- launching -----------------------------------------------------------------------
 
@@ -353,75 +281,32 @@ class Driver:
         if self.reason:
             return
         budget = self.sweep.limits.gpu_hours
-        if budget is not None and any(self._ready.values()) and self.gpu_hours >= budget:
+        if budget is not None and self._ready.any() and self.gpu_hours >= budget:
             self._stop(f"the budget of {budget:g} GPU-hours is spent", checkpoint=False)
             return
-        while self._launch_one():
-            pass
-
-    def _launch_one(self) -> bool:
-        """Start the first stage that has a lease or can get one."""
-        heads = sorted((queue[0], where) for where, queue in self._ready.items() if queue)
-        urgent = self._order.urgency(heads[0][0][1]) if heads else 0
-        for (_, node_id), (base, shape) in heads:
-            held = self.fleet.serving(base, shape)
-            if held is not None and held.base not in (None, base) and base is not None:
-                held = None
-            if held is not None and held.base is not None and base is None:
-                # Work without a base may use any process, but not before the base's own.
-                own = self._ready.get((held.base, shape))
-                if own and self._order.urgency(own[0][1]) == urgent:
-                    continue
-            if held is None and self._kept_for_own(base, shape, urgent):
-                continue
-            held = held or self.fleet.open(shape)
-            if held is not None:
-                heapq.heappop(self._ready[base, shape])
-                self._waiting_since.pop(node_id, None)
-                self._start(held, node_id)
-                return True
-            if self._reserves(shape):
-                return False
-        return False
-
-    def _kept_for_own(self, base: str | None, shape: Shape, urgent: int) -> bool:
-        """Whether every idle process has work of its own base that is as urgent.
-
-        Loading another base in its place would cost more than waiting.
-        """
-        idle = list(self.fleet.idle())
-        if not idle or fits([*(h.shape for h in self.fleet.held), shape], self.fleet.capacity):
-            return False
-        return all(
-            held.base not in (None, base)
-            and (own := self._ready.get((held.base, held.shape)))
-            and self._order.urgency(own[0][1]) == urgent
-            for held in idle
-        )
-
-    def _reserves(self, shape: Shape) -> bool:
-        """Whether room is kept free for a lease larger than the usual: it would never find any."""
-        usual = shape.ranks == 1 and not shape.memory
-        return not usual and fits([shape], self.fleet.capacity)
+        while (found := next_start(self._ready, self.fleet, self._order)) is not None:
+            node_id, held = found
+            self._waiting_since.pop(node_id, None)
+            self._start(held, node_id)
 
     def _start(self, held: Held, node_id: str) -> None:
         node = self.plan.nodes[node_id]
         self.fleet.hold_base(held, node.base)
-        self._attempts[node_id] += 1
-        attempt, rung = self._attempts[node_id], self._rungs[node_id]
+        self._tries.attempts[node_id] += 1
+        attempt, relief = self._tries.attempts[node_id], self._tries.relief(node)
         key, log = self.plan.key(node_id), self.run.log(node_id, attempt)
-        payload = self._payload(node, rung, log) | {"gpus": held.shape.gpus}
+        payload = self._payload(node, log) | {"gpus": held.shape.gpus}
         held.node_id, held.started = node_id, time.monotonic()
         held.verdicts, held.failing_since = {}, None
         held.references = held.lease.submit(self.target, payload)
         self.state[node_id] = "running"
         detail: dict[str, Any] = {"kind": node.kind, "key": key, "attempt": attempt, "log": log}
-        if rung != GROUND:
-            detail["relief"] = rung.describe(node.kind, node.params)
+        if relief:
+            detail["relief"] = relief
         self.run.note("start", id=node_id, **detail)
         self.listener.event("start", node_id, detail)
 
-    def _payload(self, node: Node, rung: Rung, log: str) -> dict[str, Any]:
+    def _payload(self, node: Node, log: str) -> dict[str, Any]:
         minutes = self.sweep.resources.checkpoint_minutes
         return {
             "id": node.id,
@@ -440,8 +325,8 @@ class Driver:
             "log": log,
             "provenance": self.provenance,
             "checkpoint_seconds": None if minutes is None else 60 * minutes,
-            "relief": rung.relief(),
-            "relief_text": rung.describe(node.kind, node.params),
+            "relief": self._tries.rung(node).relief(),
+            "relief_text": self._tries.relief(node),
             "need_bytes": self.needs.get(node.id),
             "fence": self.fence.ticket(),
         }
@@ -478,12 +363,9 @@ class Driver:
             detail = {"key": self.plan.key(node_id), "seconds": seconds}
             self.run.note("done", id=node_id, **detail, **self._spent(held))
             self.listener.event("done", node_id, {**detail, "summary": verdict["summary"]})
-            self._release_key(node_id)
-            self._finish(node_id)
+            self._progress.finish(node_id)
         elif verdict["status"] == "stopped":
-            self.state[node_id] = "stopped"
-            self.run.note("stopped", id=node_id, message=verdict["message"], **self._spent(held))
-            self.listener.event("stopped", node_id, {"message": verdict["message"]})
+            self._progress.stop(node_id, verdict["message"], **self._spent(held))
             self.fleet.close(held)
         else:
             self.fleet.close(held)  # after any fault its processes are replaced
@@ -501,77 +383,29 @@ class Driver:
         used = held.gpus * (held.idle_since - held.started)
         return {"gpu_seconds": round(used, 1)} if used else {}
 
-    def _finish(self, node_id: str) -> None:
-        self.state[node_id] = "done"
-        for other in self._dependents[node_id]:
-            self._missing[other] -= 1
-            if self._missing[other] == 0 and self.state[other] == "waiting":
-                self._make_ready(other)
-
-    def _release_key(self, node_id: str) -> None:
-        key = self.plan.key(node_id)
-        if key is None:
-            return
-        self._in_flight.pop(key, None)
-        for twin in self._twins.pop(key, []):
-            self._make_ready(twin)
-
     # --- failures ------------------------------------------------------------------------
 
     def _failed(self, node_id: str, verdict: dict[str, Any], held: Held) -> None:
         node = self.plan.nodes[node_id]
         if "damaged" in verdict:
             self._note_retry(node_id, verdict, held, "an input is damaged and is made anew")
-            self._remake(node_id, self._makers(*verdict["damaged"]))
+            self._progress.remake(node_id, self._progress.makers(*verdict["damaged"]))
             return
         if verdict.get("unreachable"):
             self._note_retry(node_id, verdict, held, "")
-            self._wait_for_store(node_id, verdict["message"])
+            self._progress.wait_for_store(node_id, verdict["message"])
             return
         if verdict["class"] == "fenced":
             raise RunTaken(verdict["message"])
-        failure = budget_class(verdict)
-        self._failures[node_id, failure] += 1
-        tries, wait_for, relief = self._failures[node_id, failure], 0.0, ""
-        if failure == "device-oom":
-            rung = self._climb(node, held.shape)
-            if rung is None:
-                text = self._rungs[node_id].describe(node.kind, node.params)
-                tried = f"; tried down to {text}" if text else ""
-                self._fail(node_id, {**verdict, "message": f"{verdict['message']}{tried}"}, held)
-                return
-            relief = rung.describe(node.kind, node.params)
-        elif tries > RETRIES.get(failure, 0):
-            self._fail(node_id, verdict, held)
+        again = self._tries.after(node, verdict, held.shape, self.fleet.capacity)
+        if again is None:
+            relief = self._tries.relief(node)
+            tried = f" (tried down to: {relief})" if relief else ""
+            message = f"{verdict['message']}{tried}"
+            self._progress.fail(node_id, verdict["class"], message, **self._spent(held))
             return
-        else:
-            wait_for = delay(failure, tries)
-            if failure == "host-oom":
-                self._alone.add(node_id)
-                relief = "alone on a node"
-        self._note_retry(node_id, verdict, held, relief, wait_for)
-        self.state[node_id] = "ready"
-        self._delayed.append((time.monotonic() + wait_for, node_id))
-
-    def _climb(self, node: Node, shape: Shape) -> Rung | None:
-        """The rung for the next try, which siblings learn too."""
-        most = self.sweep.resources.most_ranks or int(self.fleet.capacity.node_gpus) or 1
-        if self.sweep.limits.gpus is not None and shape.gpus:
-            most = min(most, int(self.sweep.limits.gpus))
-        rung = next_rung(node.kind, node.params, self._rungs[node.id], shape.ranks, most)
-        if (
-            rung is not None
-            and rung.ranks
-            and not fits(
-                [self._shapes.of(node, rung, False, self.fleet.capacity)], self.fleet.capacity
-            )
-        ):
-            return None
-        if rung is not None:
-            self._rungs[node.id] = rung
-            where = (node.base, node.kind)
-            self._learnt[where] = higher(self._learnt.get(where, GROUND), rung)
-        return rung
+        self._note_retry(node_id, verdict, held, again.relief, again.delay)
+        self._progress.queue_later(node_id, again.delay)
 
     def _note_retry(
         self, node_id: str, verdict: dict[str, Any], held: Held, relief: str, wait_for: float = 0.0
@@ -581,86 +415,6 @@ class Driver:
             detail["relief"] = relief
         self.run.note("retry", id=node_id, **detail, **self._spent(held))
         self.listener.event("retry", node_id, detail)
-
-    def _fail(self, node_id: str, verdict: dict[str, Any], held: Held | None = None) -> None:
-        self.state[node_id] = "failed"
-        detail = {"class": verdict["class"], "message": verdict["message"]}
-        self.run.note("failed", id=node_id, **detail, **(self._spent(held) if held else {}))
-        self.listener.event("failed", node_id, detail)
-        self._block_after(node_id, f"needs {node_id}, which failed")
-        key = self.plan.key(node_id)
-        twins = self._twins.pop(key, []) if key else []
-        if key:
-            self._in_flight.pop(key, None)
-        for twin in twins:
-            self._fail(twin, verdict)
-
-    def _block_after(self, node_id: str, message: str) -> None:
-        stack = list(self._dependents[node_id])
-        while stack:
-            other = stack.pop()
-            if self.state[other] in ("waiting", "ready"):
-                self.state[other] = "blocked"
-                self.run.note("blocked", id=other, message=message)
-                self.listener.event("blocked", other, {"message": message})
-                stack.extend(self._dependents[other])
-
-    # --- a store that lost something, or is away -------------------------------------------
-
-    def _makers(self, kind: str, key: str) -> list[str]:
-        return [n.id for n in self.plan.by_kind(kind) if self.plan.key(n.id) == key]
-
-    def _remake(self, node_id: str, makers: list[str]) -> None:
-        """Make inputs of a stage anew; it, and all that is not yet at work, waits for them."""
-        if not makers:
-            self._fail(
-                node_id, {"class": "invalid", "message": "an input of it is gone from the store"}
-            )
-            return
-        self.state[node_id] = "waiting"
-        self._missing[node_id] = 0
-        again = []
-        for maker in dict.fromkeys(makers):
-            for other in self._dependents[maker]:
-                if other == node_id or self.state[other] == "waiting":
-                    self._missing[other] += 1
-                elif self.state[other] == "ready":
-                    self._unqueue(other)
-                    self.state[other], self._missing[other] = "waiting", 1
-            if self.state[maker] == "done":
-                self.state[maker] = "waiting"
-                again.append(maker)
-        self._forget_key(node_id)
-        for maker in again:
-            self._make_ready(maker)
-
-    def _forget_key(self, node_id: str) -> None:
-        key = self.plan.key(node_id)
-        if key is not None and self._in_flight.get(key) == node_id:
-            del self._in_flight[key]
-
-    def _unqueue(self, node_id: str) -> None:
-        self._forget_key(node_id)
-        self._delayed = [(when, other) for when, other in self._delayed if other != node_id]
-        for queue in self._ready.values():
-            kept = [entry for entry in queue if entry[1] != node_id]
-            if len(kept) != len(queue):
-                queue[:] = kept
-                heapq.heapify(queue)
-
-    def _wait_for_store(self, node_id: str, message: str) -> None:
-        """The store cannot be reached: that is no failure, until it has lasted too long."""
-        now = time.monotonic()
-        since = self._unreachable_since.setdefault(node_id, now)
-        if now - since > UNREACHABLE_SECONDS:
-            self._fail(node_id, {"class": "transient", "message": message})
-            return
-        if len(self._unreachable_since) == 1 and since == now:
-            self.listener.event("waiting", "", {"message": message})
-            self.run.note("waiting", message=message)
-        self._forget_key(node_id)
-        self.state[node_id] = "ready"
-        self._delayed.append((now + min(30.0, 1.0 + (now - since) / 2), node_id))
 
     # --- looking around --------------------------------------------------------------------
 
@@ -690,8 +444,8 @@ class Driver:
             node_id = held.node_id
             self.fleet.close(held)
             if node_id is not None:
-                self._attempts[node_id] -= 1
-                self._queue(node_id)
+                self._tries.attempts[node_id] -= 1
+                self._progress.queue(node_id)
 
     def _end_overdue(self, now: float) -> None:
         hours = self.sweep.resources.deadline_hours
@@ -712,9 +466,9 @@ class Driver:
         else:
             stuck = [
                 node_id
-                for (_, shape), queue in self._ready.items()
-                if queue and not fits([shape], self.fleet.capacity)
-                for _, node_id in queue
+                for shape, waiting in self._ready.of_shapes()
+                if not fits([shape], self.fleet.capacity)
+                for node_id in waiting
             ]
             what = "no node of the cluster has room"
         minutes = self.sweep.resources.wait_minutes
@@ -728,9 +482,9 @@ class Driver:
                 for held in list(self.fleet.unplaced()):
                     if held.node_id == node_id:
                         self.fleet.close(held)
-                self._unqueue(node_id)
+                self._ready.remove(node_id)
                 message = f"{what} for it in {minutes:g} minutes (resources.wait_minutes)"
-                self._fail(node_id, {"class": "preempted", "message": message})
+                self._progress.fail(node_id, "preempted", message)
         for node_id in set(self._waiting_since) - set(stuck):
             del self._waiting_since[node_id]
 
@@ -754,10 +508,8 @@ class Driver:
         for held in self.fleet.busy():
             node_id = self._free(held)
             self.fleet.close(held)
-            self.state[node_id] = "stopped"
-            message = f"ended: it kept no checkpoint within {GRACE_SECONDS:.0f} s"
-            self.run.note("stopped", id=node_id, message=message, **self._spent(held))
-            self.listener.event("stopped", node_id, {"message": message})
+            message = f"ended: it did not finish within {GRACE_SECONDS:.0f} s"
+            self._progress.stop(node_id, message, **self._spent(held))
 
 
 def _verdict(reference: Any) -> dict[str, Any]:
