@@ -150,7 +150,7 @@ class Job:
 
     def wait_for(self, name):
         """What the driver wrote into the file, once it is there."""
-        for _ in range(1200):
+        for _ in range(2400):
             if (self.folder / name).exists():
                 return (self.folder / name).read_text()
             assert self.process.poll() is None, self.said()
@@ -208,11 +208,24 @@ def submit(tmp_path):
         job.end()
 
 
+def stranger_is_refused(port):
+    """Whether Ray's head sends away who has a token, but not the job's."""
+    answer = subprocess.run(
+        [Path(sys.executable).with_name("ray"), "health-check", "--address", f"127.0.0.1:{port}"],
+        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.returncode != 0 and "InvalidAuthToken" in answer.stderr
+
+
 def test_a_preempted_job_keeps_its_checkpoints_leaves_no_process_and_is_requeued(submit):
     job = submit(WORKS_UNTIL_TOLD)
     used, _, ports = job.wait_for("driving").partition(" ")
     assert used == "2", "both nodes work"
     assert json.loads(ports) == [job.ports + 1, job.ports + NODE_PORTS + 1]
+    assert stranger_is_refused(job.ports)
     job.terminate()
     assert job.status() == 130
     assert "checkpoint kept" in job.said()
@@ -281,11 +294,15 @@ def test_a_sweep_must_be_named(submit):
     assert "SWEEP=mine.yaml sbatch slurm.sbatch" in job.said()
 
 
-def test_ports_of_jobs_with_neighbouring_numbers_do_not_meet(submit):
-    """What the script chooses itself, read off its call of srun."""
-    job = submit(DRIVER, ray=FAKE_RAY, PORTS="", SLURM_JOB_ID="1000069")
-    job.status()
-    assert f"--port={11000 + 1000069 % 70 * NODE_PORTS}" in job.calls()[0]
+def test_jobs_with_neighbouring_numbers_share_no_port(submit):
+    first = []
+    for number in ("1000069", "1000070"):
+        job = submit(DRIVER, ray=FAKE_RAY, PORTS="", SLURM_JOB_ID=number)
+        assert job.status() == 0, job.said()
+        head = next(call for call in reversed(job.calls()) if " --head " in call)
+        first.append(int(head.split(" --port=")[1].split()[0]))
+    assert abs(first[0] - first[1]) >= NODE_PORTS
+    assert all(1024 < port < 32768 - NODE_PORTS for port in first), "below the ephemeral ports"
 
 
 def test_the_script_passes_shellcheck():
