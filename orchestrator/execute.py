@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from cluster.connection import Capacity, Cluster
 from cluster.lease import Shape
+from orchestrator.commit import commit
 from orchestrator.consensus import consensus_table
 from orchestrator.driver import Driver, Outcome
 from orchestrator.graph import Plan
@@ -22,7 +22,7 @@ from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
 from orchestrator.results import maps_table, profile_table, results_table, validation_table
 from orchestrator.reuse import assess
-from orchestrator.runs import RunFolder
+from orchestrator.runs import RunFolder, runs_folder
 from orchestrator.sources import DigestCache
 from orchestrator.store import Store
 from orchestrator.sweep import Sweep
@@ -56,7 +56,7 @@ def execute(
         ClusterUnreachable: no Ray cluster at `address`.
         InvalidInput: no node of the cluster can hold one job.
     """
-    folder = RunFolder(Path("runs") / sweep.name)
+    folder = RunFolder(runs_folder() / sweep.name)
     began = time.monotonic()
     with folder.lock():
         folder.start(sweep, base, store.root, plan)
@@ -216,20 +216,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _provenance() -> dict[str, str]:
-    checkout = Path(__file__).parent
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        commit = answer.stdout.strip() if answer.returncode == 0 else "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        commit = "unknown"
-    return {"commit": commit, "layersweep": version("layersweep")}
+    return {"commit": commit(), "layersweep": version("layersweep")}
 
 
 def _summarise(
