@@ -197,19 +197,17 @@ class Jobs:
             NoSuchJob: the cluster does not know it.
         """
         rest = _Rest(write)
-        pause, lost_at, streamed = FIRST_PAUSE, None, True
+        pause, lost_at = FIRST_PAUSE, None
         while True:
             try:
                 state = self.state(job)
                 if lost_at is not None:
                     notice(f"connected to {self.address} again")
                     pause, lost_at = FIRST_PAUSE, None
-                if state.over or not streamed:
-                    rest.whole(self._raw_logs(job))
+                rest.whole(self._raw_logs(job))  # all there is to see where streams are forbidden
                 if state.over:
                     return state
-                streamed = self._stream(job, rest)
-                if not streamed:
+                if not self._stream(job, rest):
                     time.sleep(FIRST_PAUSE)
             except ClusterUnreachable as error:
                 now = time.monotonic()

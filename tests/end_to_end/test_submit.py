@@ -1,17 +1,22 @@
 """A sweep handed to a real Ray head: followed over a line that breaks, asked after, cancelled, resumed."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import PROGRAM, layersweep
+from conftest import PROGRAM
 from ray_head import HERE, Line, ray_head
+
+from orchestrator.cli import main
 
 SWEEP = """
 name: away
@@ -43,7 +48,20 @@ class Laptop:
         return f"http://{HERE}:{self.line.port}"
 
     def __call__(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess:
-        return layersweep(folder or self.folder, *arguments, timeout=120)
+        """The command, in this process: importing Ray a dozen times would take half a minute."""
+        out, errors, code = io.StringIO(), io.StringIO(), 0
+        with (
+            contextlib.chdir(folder or self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(sys, "argv", ["layersweep", *arguments])
+            try:
+                main()
+            except SystemExit as left:
+                code = left.code
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
 
     def submit(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess:
         return self(
