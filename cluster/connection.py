@@ -83,6 +83,11 @@ class Cluster:
                 f"--address {address}: Ray Client drops work when the connection pauses; "
                 "use auto or host:port on a machine of the cluster, or submit a Ray Job"
             )
+        if address is not None and address.startswith(("http://", "https://")):
+            raise BadAddress(
+                f"--address {address} is a dashboard, which takes jobs (`layersweep submit`); "
+                "to join the cluster from one of its machines, use auto or host:port"
+            )
         self.address, self.cpus, self.gpus = address, cpus, gpus
 
     def __enter__(self) -> Self:

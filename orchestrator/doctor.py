@@ -111,6 +111,8 @@ def _synthesis() -> Finding:
 def _ray(address: str | None) -> Finding:
     from cluster.connection import BadAddress, Cluster, ClusterUnreachable
 
+    if address is not None and address.startswith("http"):
+        return _jobs(address)
     try:
         with Cluster(address) as cluster:
             capacity = cluster.capacity()
@@ -124,6 +126,24 @@ def _ray(address: str | None) -> Finding:
         "ok",
         f"{where}: {capacity.nodes} node(s), {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs",
     )
+
+
+def _jobs(address: str) -> Finding:
+    """What `submit` talks to."""
+    from cluster.connection import BadAddress, ClusterUnreachable
+    from cluster.jobs import Jobs, JobsError
+
+    try:
+        there = Jobs(address).version()
+    except (ClusterUnreachable, BadAddress, JobsError) as error:
+        return Finding(
+            "ray",
+            "fail",
+            str(error),
+            "check the address (the head's dashboard, mostly port 8265), and that its port is open "
+            "to this machine",
+        )
+    return Finding("ray", "ok", f"{address}: takes jobs, Ray {there}")
 
 
 def _hub() -> Finding:

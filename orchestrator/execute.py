@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from cluster.connection import Capacity, Cluster
 from cluster.lease import Shape
+from orchestrator.commit import commit
 from orchestrator.consensus import consensus_table
 from orchestrator.driver import Driver, Outcome
 from orchestrator.driver.loop import TARGET
@@ -24,12 +24,15 @@ from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
 from orchestrator.results import maps_table, profile_table, results_table, validation_table
 from orchestrator.reuse import Assessment, assess
-from orchestrator.runs import Fence, RunFolder
+from orchestrator.runs import Fence, RunFolder, runs_folder
 from orchestrator.sources import DigestCache
 from orchestrator.store import Store
 from orchestrator.sweep import Sweep
 from orchestrator.watch import LiveWatch, PlainWatch, status_data
 from workers.errors import InvalidInput
+
+
+ONE_SIGNAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def execute(
         ClusterUnreachable: no Ray cluster at `address`.
         InvalidInput: no node of the cluster can hold one job.
     """
-    folder = RunFolder(Path("runs") / sweep.name)
+    folder = RunFolder(runs_folder() / sweep.name)
     began = time.monotonic()
     with folder.lock(place.takeover) as hold:
         folder.start(sweep, base, store.location, plan)
@@ -276,13 +279,16 @@ def _stopped_by_signals(driver: Driver) -> Iterator[None]:
 
     A second one ends it at once. Ray's own handlers were set before.
     """
-    asked: list[int] = []
+    asked: list[float] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
-        if asked:
+        now = time.monotonic()
+        if asked and number == signal.SIGTERM and now - asked[-1] < ONE_SIGNAL_SECONDS:
+            return  # a batch system told both the job and its child
+        asked.append(now)
+        if len(asked) > 1:
             raise KeyboardInterrupt
-        asked.append(number)
         driver.stop("interrupted" if number == signal.SIGINT else "told to end")
 
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -297,20 +303,7 @@ def _stopped_by_signals(driver: Driver) -> Iterator[None]:
 
 
 def _provenance() -> dict[str, str]:
-    checkout = Path(__file__).parent
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        commit = answer.stdout.strip() if answer.returncode == 0 else "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        commit = "unknown"
-    return {"commit": commit, "layersweep": version("layersweep")}
+    return {"commit": commit(), "layersweep": version("layersweep")}
 
 
 def _summarise(

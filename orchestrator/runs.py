@@ -23,6 +23,11 @@ HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
 
 
+def runs_folder() -> Path:
+    """Where run folders lie: `runs` where one stands, or what `LAYERSWEEP_RUNS` names."""
+    return Path(os.environ.get("LAYERSWEEP_RUNS") or "runs").expanduser()
+
+
 class RunHeld(Exception):
     """Another driver holds the run."""
 
@@ -70,10 +75,11 @@ class RunFolder:
         Raises:
             InvalidInput: there is none; names those that exist.
         """
-        for path in (Path(name), Path("runs") / name):
+        for path in (Path(name), runs_folder() / name):
             if (path / "run.json").is_file():
                 return cls(path)
-        known = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
+        found = (runs_folder().glob(f"*/{kind}.json") for kind in ("run", "job"))
+        known = sorted({path.parent.name for paths in found for path in paths})
         hint = f"runs here: {', '.join(known)}" if known else "no run was started in this folder"
         raise InvalidInput(f"no run called {name}", remedy=hint)
 
@@ -199,7 +205,11 @@ class RunFolder:
 
     def held(self) -> bool:
         """Whether a living driver holds the run."""
-        return _alive(self.path / "lock.json") is not None
+        return self.holder() is not None
+
+    def holder(self) -> dict[str, Any] | None:
+        """The living driver that holds the run: its `pid` and `host`."""
+        return _alive(self.path / "lock.json")
 
     @contextlib.contextmanager
     def lock(self, takeover: bool = False) -> Iterator["Hold"]:

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.runs import RunFolder
+from orchestrator.runs import RunFolder, StageRecord
 from workers.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -155,23 +155,27 @@ def status_table(data: dict[str, Any], console: Console) -> None:
         console.print("To go on, run the sweep again: what is done is kept.")
 
 
+def journal_line(event: dict[str, Any]) -> str:
+    """An event of the journal for people."""
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    rest = " ".join(
+        f"{name}={value}"
+        for name, value in event.items()
+        if name not in ("time", "event", "id", "kind", "key", "log")
+    )
+    return f"{clock} {event['event']:8} {event.get('id', '')} {rest}".rstrip()
+
+
 def journal_lines(folder: RunFolder) -> Iterator[str]:
     """The journal for people, a line an event."""
-    for event in folder.events():
-        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-        rest = " ".join(
-            f"{name}={value}"
-            for name, value in event.items()
-            if name not in ("time", "event", "id", "kind", "key", "log")
-        )
-        yield f"{clock} {event['event']:8} {event.get('id', '')} {rest}".rstrip()
+    return map(journal_line, folder.events())
 
 
-def stage_log(folder: RunFolder, stage: str) -> Iterator[str]:
-    """The newest attempt's log of the stage whose id is, or alone contains, `stage`.
+def stage_called(folder: RunFolder, stage: str) -> StageRecord:
+    """The stage whose id is, or alone contains, `stage`.
 
     Raises:
-        InvalidInput: no such stage, several, or it has no log yet.
+        InvalidInput: no such stage, or several.
     """
     records = folder.records()
     found = [stage] if stage in records else [i for i in records if stage in i]
@@ -184,8 +188,17 @@ def stage_log(folder: RunFolder, stage: str) -> Iterator[str]:
         raise InvalidInput(
             f"{len(found)} stages match {stage}: {some} …", remedy="write more of it"
         )
-    record = records[found[0]]
+    return records[found[0]]
+
+
+def stage_log(folder: RunFolder, stage: str) -> Iterator[str]:
+    """The newest attempt's log of the stage whose id is, or alone contains, `stage`.
+
+    Raises:
+        InvalidInput: no such stage, several, or it has no log yet.
+    """
+    record = stage_called(folder, stage)
     if not record.log or not Path(record.log).is_file():
         why = "it was reused from the store" if record.reused else f"it is {record.state}"
-        raise InvalidInput(f"{found[0]} has no log in this run: {why}")
+        raise InvalidInput(f"{record.id} has no log in this run: {why}")
     yield from Path(record.log).read_text(encoding="utf-8", errors="replace").splitlines()

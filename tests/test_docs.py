@@ -72,6 +72,7 @@ def options(command: click.Command) -> set[str]:
         for parameter in command.get_params(context)
         if parameter.param_type_name == "option"
         for name in parameter.opts
+        if name.startswith("--")
     }
 
 

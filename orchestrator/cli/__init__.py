@@ -7,6 +7,8 @@ run, 130 interrupted.
 import sys
 
 from orchestrator.cli import sweeps as sweeps  # isort: skip - the order of the help
+from orchestrator.cli import submit as submit  # isort: skip
+from orchestrator.cli import runs as runs  # isort: skip
 from orchestrator.cli import compare as compare
 from orchestrator.cli import maps as maps
 from orchestrator.cli import prune as prune
@@ -16,12 +18,13 @@ from orchestrator.cli.options import app as app
 def main() -> None:
     """Entry point: turns errors a user can mend into one message and an exit status."""
     from cluster.connection import BadAddress, ClusterUnreachable
+    from cluster.jobs import JobsError
     from orchestrator.runs import RunHeld, RunTaken
     from workers.errors import InvalidInput
 
     try:
         app()
-    except (InvalidInput, BadAddress) as error:
+    except (InvalidInput, BadAddress, JobsError) as error:
         _complain(str(error), 2)
     except ClusterUnreachable as error:
         _complain(f"{error}; `layersweep doctor` says more", 2)

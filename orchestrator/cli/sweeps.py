@@ -1,4 +1,4 @@
-"""The commands on sweeps and runs: plan, run, status, logs, report, and the check of the machine."""
+"""The commands on sweeps: plan and run; and the check of the machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +10,6 @@ from orchestrator.cli.options import (
     Address,
     AsJson,
     Overrides,
-    RunName,
     StoreFolder,
     SweepFile,
     app,
@@ -151,51 +150,6 @@ def run(
     if as_json:
         print_json(result.data)
     raise typer.Exit(result.status)
-
-
-@app.command()
-def status(run_name: RunName, as_json: AsJson = False) -> None:
-    """Show how far a run is: stages by state, what runs now, what failed and why."""
-    from orchestrator.runs import RunFolder
-    from orchestrator.watch import status_data, status_table
-
-    folder = RunFolder.existing(run_name)
-    data = status_data(folder)
-    if as_json:
-        print_json(data)
-    else:
-        status_table(data, console())
-
-
-@app.command()
-def logs(
-    run_name: RunName,
-    stage: Annotated[
-        str | None, typer.Argument(metavar="[STAGE]", help="A stage's id, or a part of it.")
-    ] = None,
-) -> None:
-    """Print a run's journal, or the log of one stage's newest attempt."""
-    from orchestrator.runs import RunFolder
-    from orchestrator.watch import journal_lines, stage_log
-
-    folder = RunFolder.existing(run_name)
-    lines = journal_lines(folder) if stage is None else stage_log(folder, stage)
-    for line in lines:
-        print(line)
-
-
-@app.command()
-def report(run_name: RunName, as_json: AsJson = False) -> None:
-    """Build a run's report from the store, finished or not: HTML, Markdown, Parquet and CSV."""
-    from orchestrator.execute import write_report
-    from orchestrator.runs import RunFolder
-
-    folder = RunFolder.existing(run_name)
-    written = write_report(folder).report
-    if as_json:
-        print_json({"verdicts": written.verdicts, "report": str(written.page)})
-    else:
-        print(written.page)
 
 
 @app.command()

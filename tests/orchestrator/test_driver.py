@@ -377,14 +377,14 @@ def test_a_lost_input_is_made_anew_and_those_that_wait_for_it_wait_on(world):
     world.store.discard("heal", world.driver.plan.key("other"))
     world.heard.events.clear()
     assert world.drive(nodes).complete
-    assert [node_id for node_id, _ in world.heard.of("start")][0] == "map"
+    assert world.heard.of("start")[0][0] == "map"
 
 
 def test_a_driver_that_was_replaced_stops(world, monkeypatch):
     monkeypatch.setattr("orchestrator.driver.loop.LOOK_SECONDS", 0.2)
     monkeypatch.setattr("orchestrator.runs.HEARTBEAT_SECONDS", 0.2)
 
-    def rob(driver):
+    def rob(_):
         def take():
             with RunFolder(world.folder.path).lock(takeover=True):
                 time.sleep(3)
