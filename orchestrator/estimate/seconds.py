@@ -9,6 +9,7 @@ import heapq
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,7 @@ from typing import Any
 
 from orchestrator.estimate.lengths import Lengths, lab_lengths, together
 from orchestrator.estimate.memory import removed_depth
-from orchestrator.estimate.shapes import DecoderShape
+from orchestrator.estimate.shapes import DecoderShape, EncoderShape
 from orchestrator.estimate.subjects import Subjects, lab_decoder, lab_identity
 from orchestrator.estimate.work import Task, label, work
 from orchestrator.graph import Node, Plan
@@ -133,7 +134,7 @@ class _History:
         self._lengths: dict[tuple[str, str | None], Lengths | None] = {}
         self._decoders: dict[str, DecoderShape | None] = {}
         self._depths: dict[str, int] = {}
-        self._encoders = {}
+        self._encoders: dict[str, EncoderShape | None] = {}
         for node in plan.nodes.values():
             if node.kind == "encode":
                 identity = subjects.identity(node, "encoder")
@@ -176,7 +177,9 @@ class _History:
                 self._decoder(model),
                 self._encoders.get(model or ""),
             )
-            return Finished(label(kind, params), model, device, seconds, work(task))
+            return Finished(
+                label(kind, params), _run_as(model, params), device, seconds, work(task)
+            )
         except (KeyError, TypeError, ValueError):
             return None  # written by another version
 
@@ -263,8 +266,15 @@ def _key(subjects: Subjects, node: Node, kind: str) -> Any:
 
 def _model(subjects: Subjects, node: Node) -> str | None:
     if node.kind == "build":
-        return lab_identity(node.params)
-    return subjects.identity(node, "encoder" if node.kind == "encode" else "decoder")
+        return _run_as(lab_identity(node.params), node.params)
+    role = "encoder" if node.kind == "encode" else "decoder"
+    return _run_as(subjects.identity(node, role), node.params)
+
+
+def _run_as(model: str | None, params: Mapping[str, Any]) -> str | None:
+    """A model in the precision it is run in, which its speed depends on."""
+    dtype = (params.get("decoder") or params).get("dtype")
+    return None if model is None else f"{model} {dtype}"
 
 
 def _newest(folder: Path, count: int) -> list[Path]:

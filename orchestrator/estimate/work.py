@@ -110,9 +110,10 @@ _MEASURES: dict[str, Callable[[Task], float | None]] = {
 
 
 def _positions(of: Lengths, task: Task) -> float:
+    """Without the prompt, which is the same for all stages of a model."""
     if task.params.get("modality") == "text":
-        return of.prompt + 2 * of.text
-    return of.prompt + of.seconds * FRAME_RATE / FRAMES_A_POSITION + of.text
+        return 2 * of.text
+    return of.seconds * FRAME_RATE / FRAMES_A_POSITION + of.text
 
 
 def _layers(task: Task) -> float:
