@@ -230,6 +230,8 @@ class Resources(Settings):
     """CPU cores (and threads) a job."""
     gpus: float | None = Field(None, ge=0)
     """GPUs a job; None: one where the cluster has GPUs, else none."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU in GiB, which `plan` holds every job against. Changes no result."""
     checkpoint_minutes: float | None = Field(5.0, ge=0)
     """A job that is killed while it trains or decodes goes on from what it kept this often; 0: after
     each step, null: never. Changes no result."""
