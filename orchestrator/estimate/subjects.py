@@ -22,7 +22,7 @@ from orchestrator.estimate.shapes import (
     decoder_shape,
     encoder_shape,
 )
-from orchestrator.estimate.tensors import stored_shapes
+from orchestrator.estimate.tensors import hub_shapes, stored_shapes
 from orchestrator.graph import Node, Plan
 from orchestrator.sources import Source, model_config
 from workers.errors import InvalidInput
@@ -152,7 +152,10 @@ def _decoder(identity: str, source: Source | None) -> DecoderShape | None:
     if source is None:
         return lab_decoder(identity) if identity in CATALOGUE else None
     config = _config(source)
-    return None if config is None else decoder_shape(config, stored_shapes(source))
+    if config is None:
+        return None
+    shape = decoder_shape(config, stored_shapes(source))
+    return shape or decoder_shape(config, hub_shapes(source))
 
 
 def _encoder(identity: str, source: Source | None) -> EncoderShape | None:
@@ -163,7 +166,9 @@ def _encoder(identity: str, source: Source | None) -> EncoderShape | None:
         of = ENCODERS[item.kind, item.size]
         return EncoderShape(of.width, of.parameters, FRAME_RATE, {})
     config = _config(source)
-    return None if config is None else encoder_shape(config, stored_shapes(source))
+    if config is None:
+        return None
+    return encoder_shape(config, stored_shapes(source) or hub_shapes(source))
 
 
 def _config(source: Source) -> dict[str, Any] | None:

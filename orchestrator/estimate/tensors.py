@@ -37,11 +37,10 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 
 def stored_shapes(source: Source) -> Shapes | None:
-    """Shapes in the headers of a model's safetensors files.
+    """Shapes in the headers of a model's safetensors files on this machine.
 
     Args:
-        source: a folder, or a hub repository; of one that is not in the local cache the hub is
-            asked for the headers alone.
+        source: a folder, or a hub repository in the local cache.
 
     Returns:
         None where there are no such files, or none that can be read.
@@ -56,7 +55,24 @@ def stored_shapes(source: Source) -> Shapes | None:
             found = _of_folder(Path(cached).parent)
             if found is not None:
                 return found
-    return _of_hub(source)
+    return None
+
+
+def hub_shapes(source: Source) -> Shapes | None:
+    """Shapes in the headers of a hub repository's files, which alone are fetched; None: no answer."""
+    if source.revision is None:
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().get_safetensors_metadata(source.path, revision=source.revision)
+    except Exception:  # noqa: BLE001 - whatever stands in the way, the shapes are unknown
+        return None
+    return {
+        name: tuple(tensor.shape)
+        for file in found.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
 def config_shapes(config: Mapping[str, Any]) -> Shapes | None:
@@ -152,17 +168,3 @@ def _of_files(files: Iterable[Path]) -> Shapes:
         header.pop("__metadata__", None)
         shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
     return shapes
-
-
-def _of_hub(source: Source) -> Shapes | None:
-    from huggingface_hub import HfApi
-
-    try:
-        found = HfApi().get_safetensors_metadata(source.path, revision=source.revision)
-    except Exception:  # noqa: BLE001 - whatever stands in the way, the shapes are unknown
-        return None
-    return {
-        name: tuple(tensor.shape)
-        for file in found.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    }

@@ -30,6 +30,7 @@ TINY = {
     "maps": {"text": False},
 }
 GPUS = Capacity(cpus=64, gpus=8, nodes=2, node_cpus=32, node_gpus=4)
+HEAD = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False}
 CPUS = Capacity(cpus=8, gpus=0, nodes=2, node_cpus=4, node_gpus=0)
 
 
@@ -214,7 +215,7 @@ def test_plan_tells_the_difference_from_the_last_run(sweep_file, tmp_path):
 def test_plan_holds_a_sweep_against_a_running_cluster(sweep_file):
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
         result = planned(sweep_file, "--address", cluster.address, "--set", "resources.gpus=2")
     finally:
@@ -230,6 +231,19 @@ def test_plan_holds_a_sweep_against_a_running_cluster(sweep_file):
 def test_plan_says_so_when_no_cluster_answers(sweep_file):
     result = planned(sweep_file, "--address", "127.0.0.1:9")
     assert isinstance(result.exception, ClusterUnreachable)
+
+
+def test_plan_says_unknown_where_a_shape_cannot_be_read(sweep_file, tmp_path):
+    (tmp_path / "llm").mkdir()
+    config = {"model_type": "nobody-knows", "num_hidden_layers": 6}
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
+    result = planned(sweep_file, "--set", "models=[{decoder: llm}]")
+    assert result.exit_code == 0
+    assert "Memory unknown: " in result.output
+    row = next(line for line in result.output.splitlines() if line.startswith("heal"))
+    assert row.endswith("unknown")
+    data = json.loads(planned(sweep_file, "--set", "models=[{decoder: llm}]", "--json").stdout)
+    assert {s["memory"] for s in data["stages"] if s["kind"] == "heal"} == {None}
 
 
 def test_json_holds_all_of_it(sweep_file):
