@@ -13,15 +13,16 @@ from typing import Any
 from rich.console import Console
 
 from cluster.connection import Capacity, Cluster
-from cluster.lease import Shape
 from orchestrator.commit import commit
 from orchestrator.consensus import consensus_table
 from orchestrator.driver import Driver, Outcome
 from orchestrator.driver.loop import TARGET
-from orchestrator.driver.shapes import fits
+from orchestrator.estimate.feasible import obstacles
+from orchestrator.estimate.forecast import Forecast, forecast_of
 from orchestrator.graph import Plan
 from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
+from orchestrator.resources import Resources
 from orchestrator.results import maps_table, profile_table, results_table, validation_table
 from orchestrator.reuse import Assessment, assess
 from orchestrator.runs import Fence, RunFolder, runs_folder
@@ -30,7 +31,6 @@ from orchestrator.store import Store
 from orchestrator.sweep import Sweep
 from orchestrator.watch import LiveWatch, PlainWatch, status_data
 from workers.errors import InvalidInput
-
 
 ONE_SIGNAL_SECONDS = 1.0
 
@@ -83,10 +83,11 @@ def execute(
     folder = RunFolder(runs_folder() / sweep.name)
     began = time.monotonic()
     with folder.lock(place.takeover) as hold:
+        assessment = assess(plan, store)
         folder.start(sweep, base, store.location, plan)
         fence = Fence(store, folder.identity(), hold)
         driven = _Driven(sweep, store, plan, folder, fence, place, plain, console)
-        outcome = driven.run()
+        outcome = driven.run(assessment)
         report = write_report(folder)
         if report.damaged and outcome.complete:
             # Bytes that changed on disk show only when they are read.
@@ -94,7 +95,7 @@ def execute(
                 store.discard(kind, key)
             if not plain:
                 console.print(f"{len(report.damaged)} artefacts are damaged and are made anew")
-            outcome = driven.run()
+            outcome = driven.run(assess(plan, store))
             report = write_report(folder)
     seconds = time.monotonic() - began
     data = {
@@ -133,14 +134,18 @@ class _Driven:
     model_loads: int = 0
     gpu_hours: float = 0.0
 
-    def run(self) -> Outcome:
-        assessment = assess(self.plan, self.store)
+    def run(self, assessment: Assessment) -> Outcome:
         if not assessment.count("run") and not assessment.count("undetermined"):
             # Nothing to do needs no cluster; the journal says so for `status`.
-            return self._drive(lambda: Capacity(()), _Quiet(self.console, 0), assessment)
+            quiet = _Quiet(self.console, 0)
+            return self._drive(lambda: Capacity(()), quiet, assessment, Forecast({}, {}, {}))
         with Cluster(self.place.address, self.place.cpus, self.place.gpus) as cluster:
             capacity = cluster.capacity()
-            _refuse_impossible(self.sweep, capacity)
+            resources = self.sweep.resources
+            if not resources.autoscaling:
+                _refuse_impossible(self.plan, resources, capacity)
+            card = cluster.card_bytes() if capacity.gpus and not resources.gpu_memory_gib else None
+            forecast = forecast_of(self.plan, self.store, resources, card)
             if not self.plain:
                 nodes = f"{capacity.nodes} node{'s' if capacity.nodes > 1 else ''}"
                 cards = f", {capacity.gpus:g} GPUs" if capacity.gpus else ""
@@ -150,10 +155,14 @@ class _Driven:
                     f"{nodes} with {capacity.cpus:g} CPUs{cards}"
                 )
             with _watch(self.console, self.plain, len(self.plan.nodes)) as watch:
-                return self._drive(cluster.capacity, watch, assessment)
+                return self._drive(cluster.capacity, watch, assessment, forecast)
 
     def _drive(
-        self, look: Callable[[], Capacity], listener: PlainWatch, assessment: Assessment
+        self,
+        look: Callable[[], Capacity],
+        listener: PlainWatch,
+        assessment: Assessment,
+        forecast: Forecast,
     ) -> Outcome:
         driver = Driver(
             self.plan,
@@ -165,6 +174,9 @@ class _Driven:
             listener,
             _provenance(),
             assessment=assessment,
+            estimates=forecast.seconds,
+            needs=forecast.needs,
+            shares=forecast.shares,
             target=self.place.target,
         )
         with _stopped_by_signals(driver):
@@ -228,33 +240,10 @@ def write_report(folder: RunFolder) -> Written:
     return Written(report, damaged)
 
 
-def _refuse_impossible(sweep: Sweep, capacity: Capacity) -> None:
+def _refuse_impossible(plan: Plan, resources: Resources, capacity: Capacity) -> None:
     """A job that no node can hold would wait for ever."""
-    resources = sweep.resources
-    if resources.autoscaling:
-        return
-    if resources.cpus > capacity.node_cpus:
-        raise InvalidInput(
-            f"a job wants {resources.cpus:g} CPUs, but no node has more than "
-            f"{capacity.node_cpus:g}",
-            "sweep.resources.cpus",
-            "lower it",
-        )
-    if (resources.gpus or 0) > capacity.node_gpus:
-        raise InvalidInput(
-            f"a job wants {resources.gpus:g} GPUs, but no node has more than "
-            f"{capacity.node_gpus:g}",
-            "sweep.resources.gpus",
-            "lower it, or set it to 0 to run on CPUs",
-        )
-    shape = Shape(resources.ranks, resources.cpus, resources.gpus or float(bool(capacity.gpus)))
-    if not fits([shape], capacity):
-        raise InvalidInput(
-            f"a training job wants {resources.ranks} ranks of {shape.cpus:g} CPUs and "
-            f"{shape.gpus:g} GPUs; the cluster has {capacity.cpus:g} and {capacity.gpus:g} in all",
-            "sweep.resources.ranks",
-            "lower it",
-        )
+    for obstacle in obstacles(plan, {}, resources, capacity):
+        raise InvalidInput(obstacle.problem, obstacle.where, obstacle.remedy)
 
 
 class _Quiet(PlainWatch):

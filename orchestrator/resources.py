@@ -15,6 +15,9 @@ class Resources(Settings):
     gpus: float | None = Field(None, ge=0)
     """GPUs a rank of a job; None: where the cluster has GPUs, one, or the part of one that the
     estimate of its memory asks for; else none."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU in GiB, which the memory of jobs is held against; None: that of the cluster's
+    smallest GPU, asked when a run starts."""
     ranks: int = Field(1, ge=1)
     """Processes that share each training job (`adapt`, `heal`), with the decoder's layers spread over
     them."""

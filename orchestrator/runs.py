@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from orchestrator.graph import Plan
+from orchestrator.planfile import planned_stages, write_plan
 from orchestrator.store import Store
 from orchestrator.sweep import Sweep, parse_sweep
 from workers.errors import InvalidInput
@@ -104,11 +105,7 @@ class RunFolder:
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         _replace(self.path / "sweep.yaml", text)
-        nodes = [
-            {"id": n.id, "kind": n.kind, "dependencies": sorted(n.dependencies())}
-            for n in plan.nodes.values()
-        ]
-        _replace(self.path / "plan.json", json.dumps({"sweep": sweep.name, "nodes": nodes}))
+        _replace(self.path / "plan.json", write_plan(plan))
         place = {"id": self.identity(), "base": str(base.absolute()), "store": str(store)}
         _replace(self.path / "run.json", json.dumps(place, indent=1))
 
@@ -168,9 +165,10 @@ class RunFolder:
 
     def records(self) -> dict[str, StageRecord]:
         """The state of every stage of the newest plan, as the journal tells it."""
-        nodes = json.loads((self.path / "plan.json").read_text())["nodes"]
+        data = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
         records = {
-            n["id"]: StageRecord(n["id"], n["kind"], dependencies=n["dependencies"]) for n in nodes
+            node_id: StageRecord(node_id, kind, dependencies=needs)
+            for node_id, kind, needs in planned_stages(data)
         }
         for event in self.events():
             if event["event"] == "begin":

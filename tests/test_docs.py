@@ -19,7 +19,8 @@ from orchestrator.runs import HEARTBEAT_SECONDS, STALE_SECONDS
 from orchestrator.sweep import SelectorName, load_sweep
 from workers.config import POOLS, HealMode
 from workers.lab.catalogue import CATALOGUE
-from workers.lab.speech import COUNTS, HELD_OUT, SPEAKERS
+from workers.lab.shapes import COUNTS
+from workers.lab.speech import HELD_OUT, SPEAKERS
 from workers.scoring import RESAMPLES
 from workers.stages import STAGES
 

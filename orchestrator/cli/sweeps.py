@@ -1,10 +1,9 @@
 """The commands on sweeps: plan and run; and the check of the machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from orchestrator.cli.options import (
     Address,
@@ -16,12 +15,6 @@ from orchestrator.cli.options import (
     console,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from orchestrator.graph import Plan
-    from orchestrator.reuse import Assessment
-    from orchestrator.store import Store
-    from orchestrator.sweep import Sweep
 
 
 def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[Any, ...]:
@@ -40,86 +33,41 @@ def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[A
 @app.command()
 def plan(
     sweep_file: SweepFile,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to hold the plan against: auto or host:port."),
+    ] = None,
     store: StoreFolder = Path("store"),
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--all", help="List every stage.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a sweep would run, what is reused, and why. Runs nothing."""
+    """Show what a sweep would run and reuse, what it takes, and whether it fits. Runs nothing."""
+    from cluster.connection import Cluster
+    from orchestrator.estimate.outlook import look_ahead
+    from orchestrator.estimate.view import outlook_data, show_outlook
+    from orchestrator.planfile import read_plan
     from orchestrator.reuse import assess
 
     sweep, opened, _, laid_out = _load(sweep_file, store, overrides)
-    assessment = assess(laid_out, opened)
+    capacity = None
+    if address is not None:
+        with Cluster(address) as cluster:
+            capacity = cluster.capacity()
+    outlook = look_ahead(
+        laid_out,
+        opened,
+        assess(laid_out, opened),
+        sweep.resources,
+        capacity=capacity,
+        last=read_plan(Path("runs") / sweep.name / "plan.json"),
+    )
     if as_json:
-        print_json(
-            {
-                "sweep": sweep.name,
-                "stages": [
-                    {
-                        "id": node.id,
-                        "kind": node.kind,
-                        "key": laid_out.key(node.id),
-                        "block": node.params.get("block"),
-                        "verdict": assessment.verdicts[node.id],
-                        "reason": assessment.reasons[node.id],
-                        "needs": sorted(node.dependencies()),
-                    }
-                    for node in laid_out.nodes.values()
-                ],
-            }
-        )
-        return
-    _show_plan(sweep, opened, laid_out, assessment, every)
-
-
-def _show_plan(
-    sweep: "Sweep", store: "Store", laid_out: "Plan", assessment: "Assessment", every: bool
-) -> None:
-    out = console()
-    decoders = sum(model.decoder is not None for model in sweep.models)
-    models = [f"{decoders} decoder(s) x {len(sweep.encoders)} encoder(s)"] if decoders else []
-    if decoders < len(sweep.models):
-        models.append(f"{len(sweep.models) - decoders} released SpeechLLM(s)")
-    out.print(
-        f"Sweep {sweep.name}: {' and '.join(models)} x "
-        f"{len(sweep.conditions())} conditions x depths {', '.join(map(str, sweep.depths))}"
-    )
-    trusted = [m.name for m in sweep.models if m.trust_remote_code]
-    trusted += [e.name for e in sweep.encoders if e.trust_remote_code]
-    for name in trusted:
-        out.print(f"[bold]Runs code from the hub repository of {name}.[/bold]")
-    table = Table(box=None, pad_edge=False)
-    verdicts = ("run", "reuse", "undetermined", "unneeded")
-    table.add_column("stage")
-    for verdict in verdicts:
-        table.add_column(verdict, justify="right")
-    kinds = list(dict.fromkeys(node.kind for node in laid_out.nodes.values()))
-    for kind in kinds:
-        ids = [node.id for node in laid_out.by_kind(kind)]
-        counts = [sum(assessment.verdicts[i] == v for i in ids) for v in verdicts]
-        table.add_row(kind, *(str(n) if n else "-" for n in counts))
-    total = [assessment.count(verdict) for verdict in verdicts]  # type: ignore[arg-type]
-    table.add_row("all", *(str(n) if n else "-" for n in total))
-    out.print(table)
-    if total[2]:
-        out.print("undetermined: their block is chosen from maps that are still to be made")
-    if total[3]:
-        out.print("unneeded: not in the store, but all that would need them is")
-    seconds = sum(
-        node.cost
-        for node in laid_out.nodes.values()
-        if assessment.verdicts[node.id] in ("run", "undetermined")
-    )
-    if seconds:
-        out.print(f"Roughly {max(1, round(seconds / 60))} job-minutes to run. Store: {store.root}")
+        print_json(outlook_data(sweep, outlook))
     else:
-        out.print(f"Nothing to run: all of it is in {store.root}")
-    if every:
-        for node in laid_out.nodes.values():
-            out.print(
-                f"{assessment.verdicts[node.id]:13}{node.id}  ({assessment.reasons[node.id]})",
-                markup=False,
-            )
+        show_outlook(sweep, outlook, str(opened.root), console(), every)
+    if outlook.obstacles:
+        raise typer.Exit(2)
 
 
 @app.command()

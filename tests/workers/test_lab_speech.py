@@ -17,7 +17,8 @@ from workers.lab import encoders
 from workers.lab.encoders import Recipe, build_encoder
 from workers.lab.espeak import Request, synthesise
 from workers.lab.muon import orthogonalised
-from workers.lab.speech import COUNTS, build_speech
+from workers.lab.shapes import COUNTS
+from workers.lab.speech import build_speech
 
 LANGUAGES = ("en", "de", "fr")
 SPLITS = ("train", "dev", "test", "ood")

@@ -20,11 +20,10 @@ from transformers import (
 
 from workers.encoder import positions_cut
 from workers.fbank import VectorisedFbank
+from workers.lab.shapes import FRAME_RATE
 
 RATE = 16_000
 """Hz."""
-FRAME_RATE = 25
-"""Output frames a second."""
 NOISY = 0.4
 """Share of the clips that get a noise floor."""
 

@@ -20,6 +20,7 @@ from workers.config import Condition
 from workers.lab.lexicon import Size
 from workers.lab.muon import Muon
 from workers.lab.prompts import Batch, PromptedText
+from workers.lab.shapes import DECODERS, DecoderSize, decoder_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,15 +64,7 @@ class Phase:
 class Recipe:
     """How a decoder of one size is made."""
 
-    copies: tuple[int, ...]
-    """How many layers each layer of the core becomes.
-
-    The first stays alone: it reads the embeddings, and cut into four it takes exact match from .72
-    to .04, where cutting the second or third costs .03.
-    """
-    hidden: int
-    feed_forward: int
-    heads: int
+    shape: DecoderSize
     sentences: int
     first: Phase
     second: Phase
@@ -80,20 +73,14 @@ class Recipe:
 
 RECIPES: dict[Size, Recipe] = {
     "full": Recipe(
-        copies=(1, 5, 6),
-        hidden=128,
-        feed_forward=256,
-        heads=4,
+        shape=DECODERS["full"],
         sentences=8000,
         first=Phase(64, 0.02, 0.02, cool_down=100, gate=0.7, most_steps=300, ramp=100),
         second=Phase(16, 0.002, 0.004, cool_down=30),
         dev_sentences=100,
     ),
     "tiny": Recipe(
-        copies=(1, 5),
-        hidden=64,
-        feed_forward=128,
-        heads=2,
+        shape=DECODERS["tiny"],
         sentences=600,
         first=Phase(32, 0.02, 0.02, cool_down=40, gate=0.6, most_steps=150, ramp=60),
         second=Phase(16, 0.002, 0.004, cool_down=15),
@@ -132,7 +119,7 @@ def build_decoder(family: Family, size: Size, seed: int, out: Path, progress: Pr
         counts = {"train": recipe.sentences, "dev": recipe.dev_sentences}
         text = PromptedText(size, seed, CONDITIONS, counts)
         generator = torch.Generator().manual_seed(seed)
-        small = _new(family, recipe, len(recipe.copies), len(text.tokenizer), generator)
+        small = _new(family, recipe, len(recipe.shape.copies), len(text.tokenizer), generator)
         steps = _train(small, text, recipe.first, 1, generator, lambda f, s: progress(0.8 * f, s))
         deep = _stacked(small, family, recipe, generator)
         steps += _train(
@@ -166,31 +153,26 @@ def _new(
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     shape = {
+        **decoder_config(family, recipe.shape, layers),
         "vocab_size": vocabulary,
-        "hidden_size": recipe.hidden,
-        "intermediate_size": recipe.feed_forward,
-        "num_hidden_layers": layers,
-        "num_attention_heads": recipe.heads,
-        "head_dim": recipe.hidden // recipe.heads,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    del shape["model_type"]
     model: PreTrainedModel
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
         if family == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=recipe.heads))
+            model = LlamaForCausalLM(LlamaConfig(**shape))
         else:
-            groups = recipe.heads // 2
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=groups))
+            model = Qwen3ForCausalLM(Qwen3Config(**shape))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.02, generator=generator)
         for layer in model.model.layers:
-            _make_mimetic(layer.self_attn, recipe.hidden // recipe.heads)
+            _make_mimetic(layer.self_attn, recipe.shape.hidden // recipe.shape.heads)
     return model
 
 
@@ -215,7 +197,7 @@ def _stacked(
     small: "PreTrainedModel", family: Family, recipe: Recipe, generator: torch.Generator
 ) -> "PreTrainedModel":
     """Each layer of the core several times in a row, output projections divided by how often."""
-    origin = [layer for layer, copies in enumerate(recipe.copies) for _ in range(copies)]
+    origin = [layer for layer, copies in enumerate(recipe.shape.copies) for _ in range(copies)]
     deep = _new(family, recipe, len(origin), small.config.vocab_size, generator)
     weights = small.state_dict()
     stacked: dict[str, Tensor] = {}
@@ -228,7 +210,7 @@ def _stacked(
         layer = origin[int(number)]
         weight = weights[f"{head}.layers.{layer}.{part}"]
         outputs = part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-        stacked[name] = weight / recipe.copies[layer] if outputs else weight
+        stacked[name] = weight / recipe.shape.copies[layer] if outputs else weight
     deep.load_state_dict(stacked)
     return deep
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.audio import read_audio
-from workers.lab.acoustics import FRAME_RATE, RATE, Conformer, Whisper, with_noise
+from workers.lab.acoustics import RATE, Conformer, Whisper, with_noise
 from workers.lab.catalogue import Size
 from workers.lab.muon import Muon
+from workers.lab.shapes import FRAME_RATE
 
 Kind = Literal["whisper", "conformer"]
 BATCH = 16

@@ -23,15 +23,12 @@ import soxr
 from workers.lab import espeak
 from workers.lab.catalogue import SPEECH_LANGUAGES, Size
 from workers.lab.grammar import LANGUAGES, sentences
+from workers.lab.shapes import COUNTS
 
 SAMPLING_RATE = 16_000
 """Hz."""
 SNR = 15.0
 """Decibels, of the out-of-domain set."""
-COUNTS = {
-    "full": {"train": 1200, "dev": 100, "test": 200, "ood": 100},
-    "tiny": {"train": 120, "dev": 24, "test": 24, "ood": 16},
-}
 VOICES = {"en": "en-us", "de": "de", "fr": "fr"}
 
 
