@@ -7,7 +7,6 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.lease import CallFailed, Lease, LeaseLost, Shape, answer, wait
@@ -47,6 +46,17 @@ class Outcome:
     def complete(self) -> bool:
         """Whether every stage is done."""
         return not (self.failed or self.blocked or self.interrupted)
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a slot does now."""
+
+    node_id: str
+    seconds: float
+    log: str
+    gpus: float
+    ranks: int
 
 
 @dataclass
@@ -102,6 +112,9 @@ class Driver:
         self._slots = [Slot() for _ in range(self.slots)]
         self._reused = 0
         self._path = self._critical_path()
+        self.estimates = {node_id: node.cost for node_id, node in self.plan.nodes.items()}
+        self.lasted: dict[str, float] = {}
+        self.stopping, self.reason = False, ""
 
     # --- the loop ------------------------------------------------------------------------
 
@@ -140,13 +153,34 @@ class Driver:
         )
         return outcome
 
-    def running(self) -> list[tuple[str, float, Path]]:
-        """What runs now: node, seconds so far, log file."""
+    def running(self) -> list[Running]:
+        """What runs now."""
         return [
-            (s.node_id, time.monotonic() - s.started, self.run.log(s.node_id, self._attempts[s.node_id]))
+            Running(
+                s.node_id,
+                time.monotonic() - s.started,
+                str(self.run.log(s.node_id, self._attempts[s.node_id])),
+                self.shape.gpus,
+                1,
+            )
             for s in self._slots
             if s.node_id is not None
-        ]  # fmt: skip
+        ]
+
+    @property
+    def slots_in_use(self) -> int:
+        """Jobs under way."""
+        return len(self._busy())
+
+    @property
+    def gpus_in_use(self) -> float:
+        """GPUs they hold."""
+        return self.shape.gpus * self.slots_in_use
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of the cluster."""
+        return self.shape.gpus * self.slots
 
     def _begin(self) -> None:
         self.assessment = self.assessment or assess(self.plan, self.store)
@@ -292,6 +326,7 @@ class Driver:
                 verdict = {"status": "failed", "class": "invalid", "message": str(error)}
             if verdict["status"] == "done":
                 detail = {"key": self.plan.key(node_id), "seconds": verdict["seconds"]}
+                self.lasted[node_id] = verdict["seconds"]
                 self.run.note("done", id=node_id, **detail)
                 self.listener.event("done", node_id, {**detail, "summary": verdict["summary"]})
                 self._release_key(node_id)

@@ -24,9 +24,10 @@ from orchestrator.results import maps_table, profile_table, results_table, valid
 from orchestrator.reuse import assess
 from orchestrator.runs import RunFolder
 from orchestrator.sources import DigestCache
+from orchestrator.status import status_data
 from orchestrator.store import Store
 from orchestrator.sweep import Sweep
-from orchestrator.watch import LiveWatch, PlainWatch, status_data
+from orchestrator.watch import QuietWatch, watching
 from workers.errors import InvalidInput
 
 
@@ -72,7 +73,7 @@ def execute(
                         f"{assessment.count('reuse')} of them in the store; "
                         f"{slots} job(s) at once on {capacity.nodes} node(s)"
                     )
-                with _watch(console, plain, len(plan.nodes)) as watch:
+                with watching(console, plan, quiet=plain) as watch:
                     minutes = sweep.resources.checkpoint_minutes
                     driver = Driver(
                         plan,
@@ -90,7 +91,7 @@ def execute(
         else:
             # Nothing to do needs no cluster; the journal says so for `status`.
             driver = Driver(
-                plan, store, folder, Shape(), 0, _provenance(), _Quiet(console, 0), assessment
+                plan, store, folder, Shape(), 0, _provenance(), QuietWatch(), assessment
             )
             outcome, loads = driver.execute(), 0
         report = write_report(folder)
@@ -182,22 +183,6 @@ def _slots(shape: Shape, capacity: Capacity) -> int:
     if shape.gpus:
         slots = min(slots, int(capacity.gpus // shape.gpus))
     return max(1, slots)
-
-
-class _Quiet(PlainWatch):
-    def event(self, name: str, node_id: str, detail: dict[str, Any]) -> None:
-        """Say nothing: the caller wants one JSON document."""
-
-
-@contextlib.contextmanager
-def _watch(console: Console, plain: bool, total: int) -> Iterator[PlainWatch]:
-    if plain:
-        yield _Quiet(console, total)
-    elif console.is_terminal:
-        with LiveWatch(console, total) as live:
-            yield live
-    else:
-        yield PlainWatch(console, total)
 
 
 @contextlib.contextmanager

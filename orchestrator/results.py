@@ -103,7 +103,7 @@ def profile_table() -> pd.DataFrame:
 
 def _why_not(node: Node, records: dict[str, StageRecord]) -> tuple[str, str]:
     record = records.get(node.id)
-    if record is None or record.state in ("pending", "running", "done"):
+    if record is None or record.state in ("pending", "running", "done", "stopped"):
         return "pending", "not run yet"
     if record.state == "failed":
         return "failed", f"({record.failure}) {record.message}"

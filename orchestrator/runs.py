@@ -33,15 +33,22 @@ class StageRecord:
     id: str
     kind: str
     state: str = "pending"
-    """`pending`, `running`, `done`, `failed` or `blocked`."""
+    """`pending`, `running`, `done`, `failed`, `blocked` or `stopped`."""
     key: str | None = None
     reused: bool = False
     attempts: int = 0
     seconds: float = 0.0
+    started: float = 0.0
+    """When its newest attempt began: seconds since the epoch."""
     failure: str = ""
+    """Class of its last failure; of a stage that runs again, of the attempt before."""
     message: str = ""
+    relief: str = ""
+    """What its newest attempt did differently to need less memory."""
     log: str = ""
     dependencies: list[str] = field(default_factory=list)
+    cell: dict[str, Any] = field(default_factory=dict)
+    """Labels of the tables."""
 
 
 class RunFolder:
@@ -90,7 +97,12 @@ class RunFolder:
         text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         _replace(self.path / "sweep.yaml", text)
         nodes = [
-            {"id": n.id, "kind": n.kind, "dependencies": sorted(n.dependencies())}
+            {
+                "id": n.id,
+                "kind": n.kind,
+                "dependencies": sorted(n.dependencies()),
+                "cell": n.cell,
+            }
             for n in plan.nodes.values()
         ]
         _replace(self.path / "plan.json", json.dumps({"sweep": sweep.name, "nodes": nodes}))
@@ -128,7 +140,10 @@ class RunFolder:
         """The state of every stage of the newest plan, as the journal tells it."""
         nodes = json.loads((self.path / "plan.json").read_text())["nodes"]
         records = {
-            n["id"]: StageRecord(n["id"], n["kind"], dependencies=n["dependencies"]) for n in nodes
+            n["id"]: StageRecord(
+                n["id"], n["kind"], dependencies=n["dependencies"], cell=n.get("cell", {})
+            )
+            for n in nodes
         }
         for event in self.events():
             if event["event"] == "begin":
@@ -211,6 +226,7 @@ def _apply(record: StageRecord, event: dict[str, Any]) -> None:
     match event["event"]:
         case "start":
             record.state, record.attempts = "running", event["attempt"]
+            record.started, record.relief = event["time"], event.get("relief", "")
             record.key, record.log = event.get("key"), event.get("log", "")
         case "done":
             record.state, record.reused = "done", event.get("reused", False)
@@ -219,8 +235,13 @@ def _apply(record: StageRecord, event: dict[str, Any]) -> None:
         case "failed":
             record.state = "failed"
             record.failure, record.message = event["class"], event["message"]
+        case "retry":
+            record.state = "pending"
+            record.failure, record.message = event["class"], event["message"]
         case "blocked":
             record.state, record.message = "blocked", event["message"]
+        case "stopped":
+            record.state, record.message = "stopped", event.get("message", "")
 
 
 def _alive(lock: Path) -> dict[str, Any] | None:

@@ -150,7 +150,7 @@ def run(
 def status(run_name: RunName, as_json: AsJson = False) -> None:
     """Show how far a run is: stages by state, what runs now, what failed and why."""
     from orchestrator.runs import RunFolder
-    from orchestrator.watch import status_data, status_table
+    from orchestrator.status import status_data, status_table
 
     folder = RunFolder.existing(run_name)
     data = status_data(folder)
@@ -169,7 +169,7 @@ def logs(
 ) -> None:
     """Print a run's journal, or the log of one stage's newest attempt."""
     from orchestrator.runs import RunFolder
-    from orchestrator.watch import journal_lines, stage_log
+    from orchestrator.status import journal_lines, stage_log
 
     folder = RunFolder.existing(run_name)
     lines = journal_lines(folder) if stage is None else stage_log(folder, stage)
