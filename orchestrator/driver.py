@@ -113,7 +113,6 @@ class Driver:
         self._reused = 0
         self._path = self._critical_path()
         self.estimates = {node_id: node.cost for node_id, node in self.plan.nodes.items()}
-        self.lasted: dict[str, float] = {}
         self.stopping, self.reason = False, ""
 
     # --- the loop ------------------------------------------------------------------------
@@ -326,7 +325,6 @@ class Driver:
                 verdict = {"status": "failed", "class": "invalid", "message": str(error)}
             if verdict["status"] == "done":
                 detail = {"key": self.plan.key(node_id), "seconds": verdict["seconds"]}
-                self.lasted[node_id] = verdict["seconds"]
                 self.run.note("done", id=node_id, **detail)
                 self.listener.event("done", node_id, {**detail, "summary": verdict["summary"]})
                 self._release_key(node_id)

@@ -105,17 +105,21 @@ def status_table(data: dict[str, Any], console: Console) -> None:
         for line in (*table.lines(), table.legend()):
             console.print(line)
     for item in data["running"]:
+        # Its first line only repeats what it is.
+        last = "" if item["last"].startswith(f"{item['id']} (") else item["last"]
         attempt = f", attempt {item['attempt']} after {_why(item)}" if item["class"] else ""
-        _say(console, "running", f"{item['id']}  {span(item['seconds'])}{attempt}", item["last"])
+        _say(console, "running", f"{item['id']}  {span(item['seconds'])}{attempt}", last)
     for item in data["retrying"]:
-        _say(console, "retry", f"{item['id']}  after {_why(item)}", item["last"])
+        _say(console, "retry", f"{item['id']}  after {_why(item)}", _last_word(item))
     for item in data["failed"]:
         tries = f", {item['attempt']} attempts" if item["attempt"] > 1 else ""
-        _say(console, "failed", f"{item['id']}  {_why(item)}{tries}", item["last"], item["log"])
+        _say(console, "failed", f"{item['id']}  {_why(item)}{tries}", _last_word(item), item["log"])
     for item in data["deviations"]:
         _say(console, "relief", f"{item['id']}  {one_line(item['relief'])}")
     if data["blocked"]:
-        console.print(f"{len(data['blocked'])} stages are blocked by these failures")
+        count = len(data["blocked"])
+        stages = "1 stage is" if count == 1 else f"{count} stages are"
+        console.print(f"{stages} blocked by these failures")
     if not data["held"] and done < total:
         console.print("To go on, run the sweep again: what is done is kept.")
 
@@ -124,10 +128,16 @@ def _why(item: dict[str, Any]) -> str:
     return f"({one_line(item['class'])}) {one_line(item['message'])}"
 
 
+def _last_word(item: dict[str, Any]) -> str:
+    """The last line of a failed attempt's log, where that says more than the message does."""
+    last: str = item["last"]
+    return "" if one_line(item["message"]) in last else last
+
+
 def _say(console: Console, word: str, text: str, last: str = "", log: str = "") -> None:
     """A stage, and under it the last line of its log, and where that is."""
     console.print(Text.assemble((f"{word:8} ", WORD_STYLES[word]), text))
-    if last and last not in text:
+    if last:
         console.print(Text(f"         {last}", "dim"))
     if log:
         console.print(Text(f"         log: {log}"), soft_wrap=True)

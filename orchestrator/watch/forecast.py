@@ -39,21 +39,21 @@ class Forecast:
         self._chain = sorted(chain.items(), key=lambda item: -item[1])
         self._longest = 0
         self._seen = 0
-        self._lasted: defaultdict[str, float] = defaultdict(float)
+        self._took: defaultdict[str, float] = defaultdict(float)
         self._estimated: defaultdict[str, float] = defaultdict(float)
         self._finished: Counter[str] = Counter()
 
     def remaining(
-        self, lasted: Mapping[str, float], running: "Sequence[Running]", slots: int
+        self, took: Mapping[str, float], running: "Sequence[Running]", slots: int
     ) -> float | None:
         """Seconds until all is done; None while there is nothing to guess from.
 
         Args:
-            lasted: seconds of the stages that finished in this run; only ever grows.
+            took: seconds of the stages that finished in this run; only ever grows.
             running: what runs now.
             slots: jobs at once.
         """
-        self._learn(lasted)
+        self._learn(took)
         overall = self._overall()
         if not slots or overall is None:
             return None
@@ -76,7 +76,7 @@ class Forecast:
 
     def _overall(self) -> float | None:
         estimated = sum(self._estimated.values())
-        return sum(self._lasted.values()) / estimated if estimated else None
+        return sum(self._took.values()) / estimated if estimated else None
 
     def _expected(self, node_id: str, overall: float) -> float:
         seconds = self.board.estimates.get(node_id, 0.0)
@@ -85,15 +85,15 @@ class Forecast:
     def _ratio(self, kind: str, overall: float) -> float:
         if self._finished[kind] < ENOUGH or not self._estimated[kind]:
             return overall
-        return self._lasted[kind] / self._estimated[kind]
+        return self._took[kind] / self._estimated[kind]
 
-    def _learn(self, lasted: Mapping[str, float]) -> None:
-        fresh: Iterable[tuple[str, float]] = islice(lasted.items(), self._seen, None)
+    def _learn(self, took: Mapping[str, float]) -> None:
+        fresh: Iterable[tuple[str, float]] = islice(took.items(), self._seen, None)
         for node_id, seconds in fresh:
             self._seen += 1
             kind = self.board.kind[node_id]
             self._finished[kind] += 1
-            self._lasted[kind] += seconds
+            self._took[kind] += seconds
             self._estimated[kind] += self.board.estimates.get(node_id, 0.0)
 
     def _longest_chain(self) -> tuple[str, float]:

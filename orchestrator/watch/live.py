@@ -88,7 +88,10 @@ class LiveWatch(PlainWatch):
             (f"{clock} ", "dim"), (f"{line.word:8} ", COLOURS.get(line.event, "")), line.text
         )
         try:
-            self.console.print(text, soft_wrap=True)
+            self._unwrap(self.console.width)
+            self.console.print(text)
+            if line.log:
+                self.console.print(Text(f"         log: {line.log}"), soft_wrap=True)
         except (OSError, SystemExit):
             self.console.quiet = True
 
@@ -189,6 +192,7 @@ class LiveWatch(PlainWatch):
         if now.ranks > 1:
             time_text += f", {now.ranks} ranks"
         said = last_line(now.log)
+        said = "" if said.startswith(f"{now.node_id} (") else said
         room = pen.width - len(time_text) - 4
         first = Text.assemble(
             (spinner[self._turn % len(spinner)] + " ", STYLES["running"]),

@@ -46,10 +46,6 @@ class Watched(Protocol):
         """Seconds by stage."""
 
     @property
-    def lasted(self) -> Mapping[str, float]:
-        """Seconds of the stages that finished in this run."""
-
-    @property
     def slots(self) -> int:
         """Jobs at once, as the cluster is now."""
 
@@ -102,6 +98,8 @@ class PlainWatch:
         self.console, self.plan, self.clock = console, plan, clock
         self.board = Board.of(plan)
         self.started = self._said = clock()
+        self._began: dict[str, float] = {}
+        self._took: dict[str, float] = {}
         self._telling = Telling()
         self._forecast: Forecast | None = None
         self._next_look = self.started
@@ -110,6 +108,12 @@ class PlainWatch:
         """Say what ended, failed, is tried again or cannot be done."""
         if name in STATES:
             self.board.set(node_id, STATES[name])
+            began = self._began.pop(node_id, None)
+            if name == "start":
+                self._began[node_id] = self.clock()
+            elif name == "done" and began is not None:
+                # From here: with the start of processes and the loading of models.
+                self._took[node_id] = self.clock() - began
         self._print(self._telling.lines(name, node_id, detail))
 
     def tick(self, driver: Watched) -> None:
@@ -136,7 +140,7 @@ class PlainWatch:
         if driver.stopping or driver.reason:
             return ""
         assert self._forecast is not None
-        left = self._forecast.remaining(driver.lasted, running, driver.slots)
+        left = self._forecast.remaining(self._took, running, driver.slots)
         return "time left: ?" if left is None else f"{about(left)} left"
 
     def _sign_of_life(self, driver: Watched) -> str:
@@ -161,7 +165,7 @@ class PlainWatch:
             done = f"{self.board.all.done:>{len(str(self.board.all.total))}}"
             self._write(
                 f"{time.strftime('%H:%M:%S')} [{done}/{self.board.all.total}] "
-                f"{line.word:8} {line.text}"
+                f"{line.word:8} {line.text}" + (f"  log: {line.log}" if line.log else "")
             )
 
     def _write(self, text: str) -> None:

@@ -197,6 +197,8 @@ class Table:
         if cell is None:
             return "", ""
         mark, style = self.pen.mark(cell.state), STYLES[cell.state]
+        if cell.state == "waiting" and cell.done:
+            style = ""
         if not self._way.counts:
             return mark, style
         width = 2 * len(str(self._counts)) + 1
@@ -250,7 +252,7 @@ def flow(parts: Sequence[Text], width: int, between: str = "   ") -> list[Text]:
             lines[-1].append(between)
             lines[-1].append_text(part)
         else:
-            lines.append(part.copy())
+            lines.append(Text.assemble(part))
     for line in lines:
         line.truncate(width)
     return lines

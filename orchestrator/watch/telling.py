@@ -18,11 +18,13 @@ class Line:
         event: the event's name.
         word: how it begins.
         text: the rest.
+        log: the attempt's log file, where one should look there.
     """
 
     event: str
     word: str
     text: str
+    log: str = ""
 
 
 class Telling:
@@ -48,8 +50,7 @@ class Telling:
             if not detail.get("reused"):
                 yield Line(name, "done", f"{node_id}  {span(detail.get('seconds', 0.0))}")
         elif name == "failed":
-            where = f"  log: {log}" if log else ""
-            yield Line(name, "FAILED", f"{node_id}  {_class(detail)}{message}{where}")
+            yield Line(name, "FAILED", f"{node_id}  {_class(detail)}{message}", log)
         elif name == "retry":
             yield Line(name, "retry", f"{node_id}  {_class(detail)}{message}{_next_try(detail)}")
         elif name == "capacity":

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.cells import cell_len, set_cell_size
 
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])")
+STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -15,7 +16,7 @@ def one_line(text: object) -> str:
 
 
 def last_line(log: str | Path) -> str:
-    """The last line of a log file that says something, without reading all of it; "" if none."""
+    """The last line of a log file that says something, without its time; "" if there is none."""
     try:
         with Path(log).open("rb") as file:
             file.seek(0, 2)
@@ -23,7 +24,8 @@ def last_line(log: str | Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except (OSError, ValueError):
         return ""
-    return next((line for line in map(one_line, reversed(lines)) if line), "")
+    said = (STAMP.sub("", one_line(line)) for line in reversed(lines))
+    return next((line for line in said if line), "")
 
 
 def span(seconds: float) -> str:
