@@ -48,7 +48,7 @@ class Telling:
         message = one_line(detail.get("message", ""))
         if name == "done":
             if not detail.get("reused"):
-                yield Line(name, "done", f"{node_id}  {span(detail.get('seconds', 0.0))}")
+                yield Line(name, "done", f"{node_id}  {_lasted(detail)}")
         elif name == "failed":
             yield Line(name, "FAILED", f"{node_id}  {_class(detail)}{message}", log)
         elif name == "retry":
@@ -64,6 +64,11 @@ class Telling:
             stages = "1 stage" if count == 1 else f"{count} stages"
             yield Line("blocked", "blocked", f"{stages}: {why}")
         self._blocked.clear()
+
+
+def _lasted(detail: dict[str, Any]) -> str:
+    seconds = detail.get("seconds", 0.0)
+    return f"{seconds:.1f} s" if seconds < 10 else span(seconds)
 
 
 def _class(detail: dict[str, Any]) -> str:
