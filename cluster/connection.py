@@ -117,6 +117,13 @@ class Cluster:
         except (ConnectionError, TimeoutError, RuntimeError) as error:
             where = self.address or "this machine"
             raise ClusterUnreachable(f"no Ray cluster at {where}: {error}") from None
+        except Exception as error:
+            # Ray has no class for this: its processes were not up within its own 30 s.
+            if "timed out during startup" not in str(error):
+                raise
+            raise ClusterUnreachable(
+                "Ray did not start within 30 s on this machine, which may be busy: try again"
+            ) from None
         return self
 
     def __exit__(

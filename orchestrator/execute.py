@@ -15,7 +15,7 @@ from rich.console import Console
 from cluster.connection import Capacity, Cluster
 from orchestrator.commit import commit
 from orchestrator.consensus import consensus_table
-from orchestrator.driver import Driver, Outcome
+from orchestrator.driver import Driver, Listener, Outcome
 from orchestrator.driver.loop import TARGET
 from orchestrator.estimate.feasible import obstacles
 from orchestrator.estimate.forecast import Forecast, forecast_of
@@ -27,9 +27,10 @@ from orchestrator.results import maps_table, profile_table, results_table, valid
 from orchestrator.reuse import Assessment, assess
 from orchestrator.runs import Fence, RunFolder, runs_folder
 from orchestrator.sources import DigestCache
+from orchestrator.status import status_data
 from orchestrator.store import Store
 from orchestrator.sweep import Sweep
-from orchestrator.watch import LiveWatch, PlainWatch, status_data
+from orchestrator.watch import QuietWatch, watching
 from workers.errors import InvalidInput
 
 ONE_SIGNAL_SECONDS = 1.0
@@ -137,8 +138,8 @@ class _Driven:
     def run(self, assessment: Assessment) -> Outcome:
         if not assessment.count("run") and not assessment.count("undetermined"):
             # Nothing to do needs no cluster; the journal says so for `status`.
-            quiet = _Quiet(self.console, 0)
-            return self._drive(lambda: Capacity(()), quiet, assessment, Forecast({}, {}, {}))
+            nothing = Capacity(())
+            return self._drive(lambda: nothing, QuietWatch(), assessment, Forecast({}, {}, {}))
         with Cluster(self.place.address, self.place.cpus, self.place.gpus) as cluster:
             capacity = cluster.capacity()
             resources = self.sweep.resources
@@ -154,13 +155,13 @@ class _Driven:
                     f"{assessment.count('reuse')} of them in the store; "
                     f"{nodes} with {capacity.cpus:g} CPUs{cards}"
                 )
-            with _watch(self.console, self.plain, len(self.plan.nodes)) as watch:
+            with watching(self.console, self.plan, quiet=self.plain) as watch:
                 return self._drive(cluster.capacity, watch, assessment, forecast)
 
     def _drive(
         self,
         look: Callable[[], Capacity],
-        listener: PlainWatch,
+        listener: Listener,
         assessment: Assessment,
         forecast: Forecast,
     ) -> Outcome:
@@ -244,22 +245,6 @@ def _refuse_impossible(plan: Plan, resources: Resources, capacity: Capacity) -> 
     """A job that no node can hold would wait for ever."""
     for obstacle in obstacles(plan, {}, resources, capacity):
         raise InvalidInput(obstacle.problem, obstacle.where, obstacle.remedy)
-
-
-class _Quiet(PlainWatch):
-    def event(self, name: str, node_id: str, detail: dict[str, Any]) -> None:
-        """Say nothing: the caller wants one JSON document."""
-
-
-@contextlib.contextmanager
-def _watch(console: Console, plain: bool, total: int) -> Iterator[PlainWatch]:
-    if plain:
-        yield _Quiet(console, total)
-    elif console.is_terminal:
-        with LiveWatch(console, total) as live:
-            yield live
-    else:
-        yield PlainWatch(console, total)
 
 
 @contextlib.contextmanager

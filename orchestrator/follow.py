@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.runs import RunFolder
-from orchestrator.watch import journal_line, stage_called
+from orchestrator.status import journal_line, stage_called
 from workers.errors import InvalidInput
 
 POLL_SECONDS = 0.5

@@ -21,13 +21,13 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     """The plan as plain data.
 
     Returns:
-        `sweep`; `params` and `choices`, each distinct one once; and `nodes` in plan order: `id`,
+        `sweep`; `params`, `cells` (labels of the tables) and `choices`, each distinct one once; and `nodes` in plan order: `id`,
         `kind`, `version` of the code, `key` (null while undetermined), `params` (a number in that
-        list), `inputs` by role (numbers of nodes), `sources` by role (fingerprints), and `choice`
+        list), `cell` likewise where it has one, `inputs` by role (numbers of nodes), `sources` by role (fingerprints), and `choice`
         (a number) where a block is still to be chosen.
     """
     numbers = {node_id: number for number, node_id in enumerate(plan.nodes)}
-    params = _Shared()
+    params, cells = _Shared(), _Shared()
     choices: dict[Choice, int] = {}
     nodes = []
     for node in plan.nodes.values():
@@ -39,13 +39,21 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             "params": params.number(node.params),
             "inputs": {role: numbers[other] for role, other in node.inputs.items()},
         }
+        if node.cell:
+            data["cell"] = cells.number(node.cell)
         if node.sources:
             data["sources"] = {role: s.fingerprint for role, s in node.sources.items()}
         if node.choice is not None:
             data["choice"] = choices.setdefault(node.choice, len(choices))
         nodes.append(data)
     chosen = [{**vars(c), "maps": [numbers[other] for other in c.maps]} for c in choices]
-    return {"sweep": plan.sweep, "params": params.found, "choices": chosen, "nodes": nodes}
+    return {
+        "sweep": plan.sweep,
+        "params": params.found,
+        "cells": cells.found,
+        "choices": chosen,
+        "nodes": nodes,
+    }
 
 
 def write_plan(plan: Plan) -> str:
@@ -62,17 +70,20 @@ def read_plan(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def planned_stages(data: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
-    """Id, kind and dependencies of every node."""
+def planned_stages(
+    data: Mapping[str, Any],
+) -> Iterator[tuple[str, str, list[str], dict[str, Any]]]:
+    """Id, kind, dependencies and labels of every node."""
     names = [node["id"] for node in data["nodes"]]
     for node in data["nodes"]:
         if "dependencies" in node:  # before inputs were written down
-            yield node["id"], node["kind"], node["dependencies"]
+            yield node["id"], node["kind"], node["dependencies"], node.get("cell", {})
             continue
         numbers = set(node["inputs"].values())
         if "choice" in node:
             numbers |= set(data["choices"][node["choice"]]["maps"])
-        yield node["id"], node["kind"], sorted(names[number] for number in numbers)
+        cell = data["cells"][node["cell"]] if "cell" in node else {}
+        yield node["id"], node["kind"], sorted(names[number] for number in numbers), cell
 
 
 @dataclass(frozen=True)

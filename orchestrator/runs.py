@@ -44,17 +44,22 @@ class StageRecord:
     id: str
     kind: str
     state: str = "pending"
-    """`pending`, `running`, `done`, `failed` or `blocked`."""
+    """`pending`, `running`, `done`, `failed`, `blocked` or `stopped`."""
     key: str | None = None
     reused: bool = False
     attempts: int = 0
     seconds: float = 0.0
+    started: float = 0.0
+    """When its newest attempt began: seconds since the epoch."""
     failure: str = ""
+    """Class of its last failure; of a stage that runs again, of the attempt before."""
     message: str = ""
-    log: str = ""
     relief: str = ""
-    """What its newest try does differently to need less memory."""
+    """What its newest attempt did differently to need less memory."""
+    log: str = ""
     dependencies: list[str] = field(default_factory=list)
+    cell: dict[str, Any] = field(default_factory=dict)
+    """Labels of the tables."""
 
 
 class RunFolder:
@@ -167,8 +172,8 @@ class RunFolder:
         """The state of every stage of the newest plan, as the journal tells it."""
         data = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
         records = {
-            node_id: StageRecord(node_id, kind, dependencies=needs)
-            for node_id, kind, needs in planned_stages(data)
+            node_id: StageRecord(node_id, kind, dependencies=needs, cell=cell)
+            for node_id, kind, needs, cell in planned_stages(data)
         }
         for event in self.events():
             if event["event"] == "begin":
@@ -329,8 +334,8 @@ def _apply(record: StageRecord, event: dict[str, Any]) -> None:
     match event["event"]:
         case "start":
             record.state, record.attempts = "running", event["attempt"]
+            record.started, record.relief = event["time"], event.get("relief", "")
             record.key, record.log = event.get("key"), event.get("log", "")
-            record.relief = event.get("relief", "")
         case "done":
             record.state, record.reused = "done", event.get("reused", False)
             record.key, record.seconds = event.get("key"), event.get("seconds", 0.0)
@@ -342,8 +347,13 @@ def _apply(record: StageRecord, event: dict[str, Any]) -> None:
         case "failed":
             record.state = "failed"
             record.failure, record.message = event["class"], event["message"]
+        case "retry":
+            record.state = "pending"
+            record.failure, record.message = event["class"], event["message"]
         case "blocked":
             record.state, record.message = "blocked", event["message"]
+        case "stopped":
+            record.state, record.message = "stopped", event.get("message", "")
 
 
 def _alive(lock: Path) -> dict[str, Any] | None:

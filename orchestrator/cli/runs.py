@@ -27,7 +27,7 @@ POLL_SECONDS = 0.5
 def status(run_name: RunName, as_json: AsJson = False) -> None:
     """Show how far a run is: stages by state, what runs now, what failed and why."""
     from orchestrator.runs import RunFolder
-    from orchestrator.watch import status_data, status_table
+    from orchestrator.status import status_data, status_table
 
     away = _away(run_name)
     if away is not None:
@@ -53,7 +53,7 @@ def logs(
     """Print a run's journal, or the log of one stage's newest attempt."""
     from orchestrator.follow import follow_journal, follow_stage
     from orchestrator.runs import RunFolder
-    from orchestrator.watch import journal_lines, stage_log
+    from orchestrator.status import journal_lines, stage_log
 
     away = _away(run_name)
     if away is not None:
@@ -115,8 +115,8 @@ def _away(run_name: str) -> "tuple[Submission, Jobs] | None":
 def _status_there(submission: "Submission", jobs: "Jobs", as_json: bool) -> None:
     from dataclasses import asdict
 
+    from orchestrator.status import status_table
     from orchestrator.submitted import stage_status
-    from orchestrator.watch import status_table
 
     job = jobs.state(submission.id)
     found = stage_status(submission, jobs)

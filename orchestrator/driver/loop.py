@@ -429,7 +429,7 @@ class Driver:
         self.fleet.note_placed()
         before = self.slots
         if self.fleet.look():
-            detail = {"nodes": self.fleet.capacity.nodes, "before": before, "slots": self.slots}
+            detail = {"nodes": self.fleet.capacity.nodes, "before": before, "after": self.slots}
             self.run.note("capacity", **detail)
             self.listener.event("capacity", "", detail)
         if not self.sweep.resources.autoscaling and not self.fleet.fits_together():

@@ -335,7 +335,7 @@ def test_a_node_that_joins_late_is_used(world, monkeypatch):
     nodes = [world.node(f"n{i}", seconds=1.0) for i in range(10)]
     assert world.drive(nodes, look=look).complete
     assert len({world.told(f"n{i}")["pid"] for i in range(10)}) == 2
-    assert world.heard.of("capacity")[0][1] == {"nodes": 2, "before": 1, "slots": 2}
+    assert world.heard.of("capacity")[0][1] == {"nodes": 2, "before": 1, "after": 2}
 
 
 def test_idle_processes_are_given_back(world, monkeypatch):

@@ -175,5 +175,5 @@ def test_a_damaged_plan_is_as_good_as_none(tmp_path, text):
 
 def test_plans_of_the_version_before_are_still_read(tmp_path):
     old = {"sweep": "a", "nodes": [{"id": "a", "kind": "map", "dependencies": ["b"]}]}
-    assert list(planned_stages(old)) == [("a", "map", ["b"])]
+    assert list(planned_stages(old)) == [("a", "map", ["b"], {})]
     assert difference(old, plan_of(tmp_path)) is None
