@@ -4,20 +4,16 @@ The verdict is plain data, never an exception: the driver alone decides what is 
 Everything printed goes to the attempt's own log file.
 """
 
-import contextlib
-import logging
 import os
 import platform
 import shutil
-import sys
 import time
 import traceback
-from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from orchestrator.store import CorruptArtefact, Store
+from orchestrator.attempt_log import logged_to
+from orchestrator.store import CorruptArtefact, Store, open_store
 from workers.errors import InvalidInput
 from workers.stages import STAGES, Context, Input
 
@@ -33,7 +29,7 @@ def run_attempt(payload: dict[str, Any], rank: int, ranks: int) -> dict[str, Any
 
     Args:
         payload: `id`, `kind`, `key`, `params`, `inputs` (role → [kind, key]), `sources` (role →
-            path, revision, fingerprint), `store`, `log`, `provenance`, and `checkpoint_seconds` (None: none
+            path, revision, fingerprint), `store` (folder or URL), `log` (file or URL), `provenance`, and `checkpoint_seconds` (None: none
             are kept).
         rank: this process's rank in its lease.
         ranks: ranks of the lease.
@@ -43,7 +39,7 @@ def run_attempt(payload: dict[str, Any], rank: int, ranks: int) -> dict[str, Any
     """
     del ranks
     started, cpu_started = time.perf_counter(), _cpu_seconds()
-    with _logged_to(Path(payload["log"])):
+    with logged_to(payload["log"]):
         print(f"{_now()} {payload['id']} ({payload['kind']}/{payload['key']})", flush=True)
         try:
             summary = _run(payload, rank, started, cpu_started)
@@ -81,7 +77,7 @@ def classify(error: BaseException) -> dict[str, str]:
 
 
 def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float) -> dict[str, Any]:
-    store = Store(Path(payload["store"]))
+    store = open_store(payload["store"])
     kind, key = payload["kind"], payload["key"]
     inputs = {}
     for role, (input_kind, input_key) in payload["inputs"].items():
@@ -99,7 +95,8 @@ def _run(payload: dict[str, Any], rank: int, started: float, cpu_started: float)
     seconds = payload["checkpoint_seconds"]
     checkpoints = None
     if seconds is not None:
-        checkpoints = Checkpoints(store.path(kind, f".{key}.checkpoint"), seconds)
+        folder, mirror = store.checkpoint_folder(kind, key), store.checkpoint_mirror(kind, key)
+        checkpoints = Checkpoints(folder, seconds, mirror)
     context = Context(
         progress=_Progress(),
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -163,33 +160,6 @@ class _Progress:
         if now - self._last >= 1.0 or fraction >= 1.0:
             self._last = now
             print(f"{_now()} {fraction:4.0%} {message}", flush=True)
-
-
-@contextlib.contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
-    """Send this process's stdout and stderr, C libraries included, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    handler = None
-    try:
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        handler = logging.StreamHandler(stream)
-        logging.getLogger().addHandler(handler)
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            yield
-        stream.flush()
-    finally:
-        if handler is not None:
-            logging.getLogger().removeHandler(handler)
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for number in (*saved, descriptor):
-            os.close(number)
 
 
 def _cpu_seconds() -> float:

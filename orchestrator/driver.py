@@ -7,7 +7,6 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.lease import CallFailed, Lease, LeaseLost, Shape, answer, wait
@@ -140,10 +139,10 @@ class Driver:
         )
         return outcome
 
-    def running(self) -> list[tuple[str, float, Path]]:
-        """What runs now: node, seconds so far, log file."""
+    def running(self) -> list[tuple[str, float, str]]:
+        """What runs now: node, seconds so far, log (file or URL)."""
         return [
-            (s.node_id, time.monotonic() - s.started, self.run.log(s.node_id, self._attempts[s.node_id]))
+            (s.node_id, time.monotonic() - s.started, self._log(s.node_id, self._attempts[s.node_id]))
             for s in self._slots
             if s.node_id is not None
         ]  # fmt: skip
@@ -243,7 +242,7 @@ class Driver:
             self.model_loads += 1
         self._attempts[node_id] += 1
         attempt = self._attempts[node_id]
-        key, log = self.plan.key(node_id), self.run.log(node_id, attempt)
+        key, log = self.plan.key(node_id), self._log(node_id, attempt)
         payload = {
             "id": node_id,
             "kind": node.kind,
@@ -257,17 +256,21 @@ class Driver:
                 role: {"path": s.path, "revision": s.revision, "fingerprint": s.fingerprint}
                 for role, s in node.sources.items()
             },
-            "store": str(self.store.root),
-            "log": str(log),
+            "store": self.store.location,
+            "log": log,
             "provenance": self.provenance,
             "checkpoint_seconds": self.checkpoint_seconds,
         }
         slot.node_id, slot.started = node_id, time.monotonic()
         slot.reference = slot.lease.submit(TARGET, payload)[0]
         self.state[node_id] = "running"
-        detail = {"kind": node.kind, "key": key, "attempt": attempt, "log": str(log)}
+        detail = {"kind": node.kind, "key": key, "attempt": attempt, "log": log}
         self.run.note("start", id=node_id, **detail)
         self.listener.event("start", node_id, detail)
+
+    def _log(self, node_id: str, attempt: int) -> str:
+        file = self.run.log(node_id, attempt)
+        return self.store.log(self.run.name, file.name) or str(file)
 
     # --- collecting ----------------------------------------------------------------------
 

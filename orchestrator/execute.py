@@ -20,11 +20,17 @@ from orchestrator.driver import Driver, Outcome
 from orchestrator.graph import Plan
 from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
-from orchestrator.results import maps_table, profile_table, results_table, validation_table
+from orchestrator.results import (
+    fetch_tables,
+    maps_table,
+    profile_table,
+    results_table,
+    validation_table,
+)
 from orchestrator.reuse import assess
 from orchestrator.runs import RunFolder
 from orchestrator.sources import DigestCache
-from orchestrator.store import Store
+from orchestrator.store import Store, open_store
 from orchestrator.sweep import Sweep
 from orchestrator.watch import LiveWatch, PlainWatch, status_data
 from workers.errors import InvalidInput
@@ -59,7 +65,7 @@ def execute(
     folder = RunFolder(Path("runs") / sweep.name)
     began = time.monotonic()
     with folder.lock():
-        folder.start(sweep, base, store.root, plan)
+        folder.start(sweep, base, store.location, plan)
         assessment = assess(plan, store)
         if assessment.count("run") or assessment.count("undetermined"):
             with Cluster(address, cpus) as cluster, _terminated_like_interrupted():
@@ -117,12 +123,13 @@ def execute(
 def write_report(folder: RunFolder) -> Report:
     """Build the report of a run from the store."""
     sweep = folder.sweep()
-    base, store_root = folder.place()
-    store = Store(store_root)
-    plan = build_plan(sweep, base, DigestCache(store.root / "digests.json"))
+    base, location = folder.place()
+    store = open_store(location)
+    plan = build_plan(sweep, base, DigestCache(store.folder / "digests.json"))
     records = folder.records()
-    results = results_table(plan, store, records)
-    maps = maps_table(plan, store)
+    known = fetch_tables(plan, store)
+    results = results_table(plan, known, records)
+    maps = maps_table(plan, known)
     depths = [depth for depth in sweep.depths if depth]
     consensus = consensus_table(maps, depths, sweep.maps.pool, results)
     state = status_data(folder)
@@ -153,7 +160,7 @@ def write_report(folder: RunFolder) -> Report:
         profile_table(),
         summary,
         folder.report,
-        validation_table(plan, store),
+        validation_table(plan, known),
     )
 
 

@@ -18,7 +18,7 @@ from orchestrator.report.tables import (
 )
 from orchestrator.reuse import decide
 from orchestrator.runs import StageRecord
-from orchestrator.store import Store
+from orchestrator.store import Artefacts, Store
 from orchestrator.validation import validate
 from workers.maps.redundancy import RedundancyMap
 
@@ -26,7 +26,23 @@ SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
 METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
 
 
-def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> pd.DataFrame:
+def fetch_tables(plan: Plan, store: Store) -> Artefacts:
+    """Bring what the tables read to this machine, many artefacts at a time.
+
+    Returns:
+        The store as it is then: what turned out to be damaged is not in it.
+    """
+    known = store.snapshot()
+    for kinds in (("map", "damage"), ("evaluate",)):
+        for node in plan.nodes.values():
+            decide(plan, node, known)
+        nodes = [node for kind in kinds for node in plan.by_kind(kind)]
+        keyed = [(node.kind, key) for node in nodes if (key := plan.key(node.id)) is not None]
+        store.fetch(artefact for artefact in keyed if known.has(*artefact))
+    return store.snapshot()
+
+
+def results_table(plan: Plan, store: Artefacts, records: dict[str, StageRecord]) -> pd.DataFrame:
     """One row per evaluation and metric (columns of the design's `results.parquet`)."""
     rows: list[dict[str, Any]] = []
     for node in plan.by_kind("evaluate"):
@@ -61,7 +77,7 @@ def results_table(plan: Plan, store: Store, records: dict[str, StageRecord]) -> 
     return typed(rows, RESULTS_COLUMNS)
 
 
-def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
+def maps_table(plan: Plan, store: Artefacts) -> pd.DataFrame:
     """One row per map, criterion, pool and block (columns of the design's `maps.parquet`)."""
     parts = []
     for node in (*plan.by_kind("map"), *plan.by_kind("damage")):
@@ -76,7 +92,7 @@ def maps_table(plan: Plan, store: Store) -> pd.DataFrame:
     return pd.concat([typed(part, MAPS_COLUMNS) for part in parts], ignore_index=True)
 
 
-def validation_table(plan: Plan, store: Store) -> pd.DataFrame:
+def validation_table(plan: Plan, store: Artefacts) -> pd.DataFrame:
     """Every map that has a damage map of its condition, held against it (`validation.parquet`)."""
     parts = []
     for damage in plan.by_kind("damage"):

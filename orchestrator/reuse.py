@@ -7,7 +7,7 @@ import pandas as pd
 
 from orchestrator.graph import Node, Plan
 from orchestrator.selectors import choose_start
-from orchestrator.store import Store
+from orchestrator.store import Artefacts, CorruptArtefact, Store
 
 Verdict = Literal["run", "reuse", "undetermined", "unneeded"]
 TARGETS = ("evaluate", "map", "damage")
@@ -26,7 +26,7 @@ class Assessment:
         return sum(v == verdict for v in self.verdicts.values())
 
 
-def decide(plan: Plan, node: Node, store: Store) -> bool:
+def decide(plan: Plan, node: Node, store: Artefacts) -> bool:
     """Determine the node's block if its maps are there.
 
     Returns:
@@ -41,7 +41,11 @@ def decide(plan: Plan, node: Node, store: Store) -> bool:
             kind, key = plan.nodes[map_id].kind, plan.key(map_id)
             if key is None or not store.has(kind, key):
                 return False
-            tables.append(pd.read_parquet(store.path(kind, key) / "map.parquet"))
+            try:
+                folder = store.path(kind, key)
+            except CorruptArtefact:
+                return False
+            tables.append(pd.read_parquet(folder / "map.parquet"))
         plan.starts[choice] = choose_start(choice, tables)
     plan.determine(node.id, plan.starts[choice])
     return True
@@ -51,8 +55,9 @@ def assess(plan: Plan, store: Store) -> Assessment:
     """Hold every node of the plan against the store; determines what blocks it can."""
     verdicts: dict[str, Verdict] = {}
     reasons: dict[str, str] = {}
+    known = store.snapshot()
     for node in plan.nodes.values():
-        decide(plan, node, store)
+        decide(plan, node, known)
         key = plan.key(node.id)
         if key is None:
             verdicts[node.id] = "undetermined"
@@ -61,7 +66,7 @@ def assess(plan: Plan, store: Store) -> Assessment:
                 if node.choice
                 else "waits for a block chosen from maps still to be made"
             )
-        elif store.has(node.kind, key):
+        elif known.has(node.kind, key):
             verdicts[node.id] = "reuse"
             reasons[node.id] = "in the store"
         else:

@@ -84,7 +84,7 @@ class RunFolder:
 
     # --- what is fixed when a run starts -----------------------------------------------------
 
-    def start(self, sweep: Sweep, base: Path, store: Path, plan: Plan) -> None:
+    def start(self, sweep: Sweep, base: Path, store: str, plan: Plan) -> None:
         """Write the resolved sweep, where it runs, and the plan."""
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -94,17 +94,17 @@ class RunFolder:
             for n in plan.nodes.values()
         ]
         _replace(self.path / "plan.json", json.dumps({"sweep": sweep.name, "nodes": nodes}))
-        place = {"base": str(base.absolute()), "store": str(store.absolute())}
+        place = {"base": str(base.absolute()), "store": store}
         _replace(self.path / "run.json", json.dumps(place, indent=1))
 
     def sweep(self) -> Sweep:
         """The resolved sweep."""
         return parse_sweep(yaml.safe_load((self.path / "sweep.yaml").read_text()))
 
-    def place(self) -> tuple[Path, Path]:
-        """The folder relative paths start from, and the store."""
+    def place(self) -> tuple[Path, str]:
+        """The folder relative paths start from, and the store (folder or URL)."""
         place = json.loads((self.path / "run.json").read_text())
-        return Path(place["base"]), Path(place["store"])
+        return Path(place["base"]), str(place["store"])
 
     # --- journal -----------------------------------------------------------------------------
 

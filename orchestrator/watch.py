@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
@@ -11,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.attempt_log import last_line, read_log
 from orchestrator.runs import RunFolder
 from workers.errors import InvalidInput
 
@@ -89,18 +89,6 @@ class LiveWatch(PlainWatch):
         return Group(head, table, *running)
 
 
-def last_line(log: Path) -> str:
-    """The last whole line of a log file, without reading all of it."""
-    try:
-        with log.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 2000))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    return lines[-1] if lines else ""
-
-
 def status_data(folder: RunFolder) -> dict[str, Any]:
     """A run's state as plain data."""
     records = folder.records()
@@ -115,7 +103,7 @@ def status_data(folder: RunFolder) -> dict[str, Any]:
         "states": dict(states),
         "kinds": {kind: dict(counts) for kind, counts in kinds.items()},
         "running": [
-            {"id": r.id, "attempt": r.attempts, "log": r.log, "last": last_line(Path(r.log))}
+            {"id": r.id, "attempt": r.attempts, "log": r.log, "last": last_line(r.log)}
             for r in records.values()
             if r.state == "running"
         ],
@@ -185,7 +173,8 @@ def stage_log(folder: RunFolder, stage: str) -> Iterator[str]:
             f"{len(found)} stages match {stage}: {some} …", remedy="write more of it"
         )
     record = records[found[0]]
-    if not record.log or not Path(record.log).is_file():
+    text = read_log(record.log) if record.log else None
+    if text is None:
         why = "it was reused from the store" if record.reused else f"it is {record.state}"
         raise InvalidInput(f"{found[0]} has no log in this run: {why}")
-    yield from Path(record.log).read_text(encoding="utf-8", errors="replace").splitlines()
+    yield from text.splitlines()

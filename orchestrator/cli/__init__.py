@@ -17,6 +17,7 @@ def main() -> None:
     """Entry point: turns errors a user can mend into one message and an exit status."""
     from cluster.connection import BadAddress, ClusterUnreachable
     from orchestrator.runs import RunHeld
+    from orchestrator.store import StoreUnreachable
     from workers.errors import InvalidInput
 
     try:
@@ -25,6 +26,8 @@ def main() -> None:
         _complain(str(error), 2)
     except ClusterUnreachable as error:
         _complain(f"{error}; `layersweep doctor` says more", 2)
+    except StoreUnreachable as error:
+        _complain(f"{error}; nothing is lost, run the same command again when it does", 2)
     except RunHeld as error:
         _complain(str(error), 3)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from orchestrator.cli.options import (
     AsJson,
     Overrides,
     RunName,
-    StoreFolder,
+    StoreLocation,
     SweepFile,
     app,
     console,
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from orchestrator.sweep import Sweep
 
 
-def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[Any, ...]:
+def _load(sweep_file: Path, store: str, overrides: list[str] | None) -> tuple[Any, ...]:
     from orchestrator.plan import build_plan
     from orchestrator.sources import DigestCache
-    from orchestrator.store import Store
+    from orchestrator.store import open_store
     from orchestrator.sweep import load_sweep
 
     sweep = load_sweep(sweep_file, overrides or ())
-    opened = Store(store)
+    opened = open_store(store)
     base = sweep_file.absolute().parent
-    plan = build_plan(sweep, base, DigestCache(opened.root / "digests.json"))
+    plan = build_plan(sweep, base, DigestCache(opened.folder / "digests.json"))
     return sweep, opened, base, plan
 
 
 @app.command()
 def plan(
     sweep_file: SweepFile,
-    store: StoreFolder = Path("store"),
+    store: StoreLocation = "store",
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--all", help="List every stage.")] = False,
     as_json: AsJson = False,
@@ -112,9 +112,11 @@ def _show_plan(
         if assessment.verdicts[node.id] in ("run", "undetermined")
     )
     if seconds:
-        out.print(f"Roughly {max(1, round(seconds / 60))} job-minutes to run. Store: {store.root}")
+        out.print(
+            f"Roughly {max(1, round(seconds / 60))} job-minutes to run. Store: {store.location}"
+        )
     else:
-        out.print(f"Nothing to run: all of it is in {store.root}")
+        out.print(f"Nothing to run: all of it is in {store.location}")
     if every:
         for node in laid_out.nodes.values():
             out.print(
@@ -127,7 +129,7 @@ def _show_plan(
 def run(
     sweep_file: SweepFile,
     address: Address = None,
-    store: StoreFolder = Path("store"),
+    store: StoreLocation = "store",
     overrides: Overrides = None,
     cpus: Annotated[
         int | None, typer.Option(min=1, help="CPU slots of the embedded cluster.")
@@ -193,7 +195,7 @@ def report(run_name: RunName, as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(
-    address: Address = None, store: StoreFolder = Path("store"), as_json: AsJson = False
+    address: Address = None, store: StoreLocation = "store", as_json: AsJson = False
 ) -> None:
     """Check this machine: packages, GPUs, Ray, the store, the hub; says how to mend what is not."""
     from orchestrator.doctor import examine

@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from orchestrator.store import MARKER, CorruptArtefact, Store
+from orchestrator.store import MARKER, CorruptArtefact, open_store
 from workers.errors import InvalidInput
 
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "store")
+    return open_store(tmp_path / "store")
 
 
 def put(store, key="k1", text="weights"):
@@ -83,11 +83,11 @@ def test_every_file_has_its_digest(store):
 def test_a_store_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInput, match="--store"):
-        Store(tmp_path / "file" / "store")
+        open_store(tmp_path / "file" / "store")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_store_is_refused(tmp_path):
     (tmp_path / "store").mkdir(mode=0o500)
     with pytest.raises(InvalidInput, match="cannot be written"):
-        Store(tmp_path / "store")
+        open_store(tmp_path / "store")
