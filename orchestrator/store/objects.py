@@ -19,6 +19,8 @@ from workers.errors import InvalidInput
 
 CHUNK_BYTES = 8 * 2**20
 CONNECT_SECONDS = 10
+ANSWER_SECONDS = 60
+"""Arrow's own 3 s are little for a busy server."""
 PAUSES_SECONDS = (1.0, 3.0, 9.0)
 """Between tries of a request that nobody answered; the client itself tries three times each."""
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -222,7 +224,11 @@ def _arrow_s3(url: str) -> Any:
             ) from None
     # Without delayed opening a small object takes three requests to write in place of one.
     files = S3FileSystem(
-        region=region, connect_timeout=CONNECT_SECONDS, allow_delayed_open=True, **options
+        region=region,
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=ANSWER_SECONDS,
+        allow_delayed_open=True,
+        **options,
     )
     return ArrowFSWrapper(files)
 
