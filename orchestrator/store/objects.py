@@ -242,6 +242,6 @@ def _endpoint_hint(url: str) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """The first line of an error, without the request's id."""
+    """The first line of an error, without the object's name and the request's id."""
     text = str(error).strip() or type(error).__name__
-    return re.sub(r"\s*\(Request ID: [^)]*\)", "", text.splitlines()[0])
+    return re.sub(r"^When .*?: (?=AWS Error)|\s*\(Request ID: [^)]*\)", "", text.splitlines()[0])

@@ -6,10 +6,13 @@ import subprocess
 
 import pandas as pd
 import pytest
+import soundfile
+import tiny_released
 import yaml
-from conftest import CONFIGS, PROGRAM
+from conftest import PROGRAM
 from object_server import BUCKET, object_server
 
+TEXTS = ["the red house", "a dog runs"]
 URL = f"s3://{BUCKET}/team/store"
 
 
@@ -21,16 +24,31 @@ def server():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A released SpeechLLM, a few sounds, and a sweep of them that keeps every checkpoint."""
     folder = tmp_path_factory.mktemp("bucket-sweep")
-    raw = yaml.safe_load((CONFIGS / "smoke.yaml").read_text())
-    raw["name"] = "bucket"
-    raw["encoders"] = raw["encoders"][:1]
-    raw["tasks"] = [{"task": "asr", "language": "en", "data": "lab:speech-tiny"}]
-    raw["depths"] = [0, 1]
-    raw["adapt"] |= {"steps": 2, "alignment_steps": 2}
-    raw["heal"]["modes"] = ["none"]
-    raw["maps"] = {"samples": 4}
-    (folder / "bucket.yaml").write_text(yaml.safe_dump(raw))
+    tiny_released.qwen2_audio(folder / "model")
+    for split in ("train", "dev", "test"):
+        rows = []
+        for number, text in enumerate(TEXTS):
+            file = f"{split}{number}.wav"
+            soundfile.write(folder / file, tiny_released.voice(0.5, number), tiny_released.RATE)
+            rows.append(json.dumps({"audio_filepath": file, "text": text}))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    sweep = {
+        "name": "bucket",
+        "models": [{"speechllm": "model"}],
+        "tasks": [
+            {"task": "asr", "language": "en", "train": "train.jsonl", "dev": "dev.jsonl",
+             "test": [{"name": "test", "data": "test.jsonl"}]}
+        ],
+        "depths": [1],
+        "heal": {"modes": ["joint"], "steps": 3, "batch_size": 2},
+        "maps": {"samples": 2},
+        "adapt": {"lora": {"rank": 2}},
+        "evaluate": {"extra_tokens": 4, "tokens_per_second": 1},
+        "resources": {"checkpoint_minutes": 0},
+    }  # fmt: skip
+    (folder / "bucket.yaml").write_text(yaml.safe_dump(sweep))
     return folder
 
 
@@ -82,8 +100,8 @@ def test_another_machine_finds_it_all_done_and_builds_the_same_report(layersweep
 
 
 def test_logs_and_status_are_read_from_the_bucket(layersweep, folder):
-    found = layersweep("logs", "bucket", "adapt", node="node-3")
-    assert "step 2 of 2" in found.stdout, found.stderr
+    found = layersweep("logs", "bucket", "heal/model+own/asr-en/consensus", node="node-3")
+    assert "step 3 of 3" in found.stdout, found.stderr
     assert "done in" in found.stdout
     assert list((folder / "runs" / "bucket" / "logs").iterdir()) == []
     assert layersweep("status", "bucket", node="node-3").returncode == 0

@@ -12,6 +12,7 @@ import uuid
 import pytest
 import torch
 from object_server import BUCKET, Wire, naming, never, object_server
+from test_checkpoints import Killed, trained
 
 from orchestrator.attempt_log import COPY_SECONDS, last_line, logged_to, read_log
 from orchestrator.store import CorruptArtefact, StoreUnreachable, open_store
@@ -398,6 +399,17 @@ def test_a_checkpoint_outlives_its_node(url, node, objects):
     assert objects.names(".checkpoints/heal/k1") == []
     node("node-3")
     assert checkpoints(url).newest() is None
+
+
+def test_a_heal_whose_node_is_lost_goes_on_elsewhere_and_ends_with_the_same_weights(url, node):
+    unbroken, _ = trained()
+    with pytest.raises(Killed):
+        trained(checkpoints(url), until=5)
+    node("node-2")
+    assert checkpoints(url).newest().step >= 4
+    model, _ = trained(checkpoints(url))
+    expected = unbroken.trained_state()
+    assert all(torch.equal(v, expected[name]) for name, v in model.trained_state().items())
 
 
 def test_a_damaged_copy_of_a_checkpoint_is_passed_over(url, node, objects):
