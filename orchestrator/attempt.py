@@ -5,19 +5,16 @@ Everything printed goes to the attempt's own log file.
 """
 
 import contextlib
-import logging
 import os
 import platform
 import shutil
-import sys
 import time
 import traceback
-from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from orchestrator.store import CorruptArtefact, Store, StoreUnreachable
+from orchestrator.attempt_log import logged_to
+from orchestrator.store import CorruptArtefact, Store, StoreUnreachable, open_store
 from workers.errors import InvalidInput, Stopped
 from workers.stages import STAGES, Context, Input
 
@@ -38,7 +35,7 @@ def run_attempt(
 
     Args:
         payload: `id`, `kind`, `key`, `params`, `inputs` (role → [kind, key]), `sources` (role →
-            path, revision, fingerprint), `store`, `log`, `provenance`, `checkpoint_seconds` (None:
+            path, revision, fingerprint), `store` (folder or URL), `log` (file or URL), `provenance`, `checkpoint_seconds` (None:
             none are kept), `relief` (of the OOM ladder), `relief_text`, `need_bytes` (of the GPU's
             memory; None: unknown), `gpus` (a fraction shares a card), and `fence`.
         rank: this process's rank in its lease.
@@ -51,10 +48,10 @@ def run_attempt(
         `damaged: [kind, key]` where an input was, and has been discarded.
     """
     started, cpu_started = time.perf_counter(), _cpu_seconds()
-    log = Path(payload["log"])
+    log = payload["log"]
     if rank:
-        log = log.with_suffix(f".rank{rank}{log.suffix}")
-    with _logged_to(log):
+        log = f"{log.removesuffix('.log')}.rank{rank}.log"
+    with logged_to(log):
         print(f"{_now()} {payload['id']} ({payload['kind']}/{payload['key']})", flush=True)
         if payload["relief_text"]:
             print(f"{_now()} with less memory: {payload['relief_text']}", flush=True)
@@ -142,7 +139,7 @@ def _run(
     started: float,
     cpu_started: float,
 ) -> dict[str, Any]:
-    store = Store(Path(payload["store"]), new=False)
+    store = open_store(payload["store"], new=False)
     kind, key = payload["kind"], payload["key"]
     fence = _Fence(store, payload["fence"])
     fence.check()
@@ -167,8 +164,8 @@ def _run(
     seconds = payload["checkpoint_seconds"]
     checkpoints = None
     if seconds is not None:
-        folder = store.path(kind, f".{key}.checkpoint")
-        checkpoints = Checkpoints(folder, seconds, fence.asked_to_stop)
+        folder, mirror = store.checkpoint_folder(kind, key), store.checkpoint_mirror(kind, key)
+        checkpoints = Checkpoints(folder, seconds, mirror, fence.asked_to_stop)
     context = Context(
         progress=_Progress(),
         device=device,
@@ -265,33 +262,6 @@ class _Progress:
         if now - self._last >= 1.0 or fraction >= 1.0:
             self._last = now
             print(f"{_now()} {fraction:4.0%} {message}", flush=True)
-
-
-@contextlib.contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
-    """Send this process's stdout and stderr, C libraries included, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    handler = None
-    try:
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        handler = logging.StreamHandler(stream)
-        logging.getLogger().addHandler(handler)
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            yield
-        stream.flush()
-    finally:
-        if handler is not None:
-            logging.getLogger().removeHandler(handler)
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for number in (*saved, descriptor):
-            os.close(number)
 
 
 def _cpu_seconds() -> float:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine(address: str | None, store: Path) -> list[Finding]:
+def examine(address: str | None, store: str) -> list[Finding]:
     """Look at everything a sweep needs; never raises."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _python),
@@ -63,18 +64,24 @@ def _packages() -> Finding:
     return Finding("packages", "ok", ", ".join(found))
 
 
-def _store(store: Path) -> Finding:
-    from orchestrator.store import Store
+def _store(location: str) -> Finding:
+    from orchestrator.store import StoreUnreachable, is_url, open_store
     from workers.errors import InvalidInput
 
     try:
-        opened = Store(store)
+        store = open_store(location)
+        if is_url(location):
+            store.write_note("doctor", {"at": time.time()})
     except InvalidInput as error:
         return Finding("store", "fail", error.problem, error.remedy)
-    free = shutil.disk_usage(opened.root).free
-    found = f"{opened.root}, {free / 2**30:.0f} GiB free"
+    except StoreUnreachable as error:
+        return Finding("store", "fail", str(error), "check the network and the endpoint")
+    free = shutil.disk_usage(store.folder).free
+    found = f"{store.location}, {free / 2**30:.0f} GiB free"
+    if store.location != str(store.folder):
+        found = f"{store.location}; its cache {store.folder}, {free / 2**30:.0f} GiB free"
     if free < LOW_DISK_BYTES:
-        return Finding("store", "note", found, "large models need more: --store on a bigger disk")
+        return Finding("store", "note", found, "large models need more: name a bigger disk")
     return Finding("store", "ok", found)
 
 

@@ -23,12 +23,18 @@ from orchestrator.graph import Plan
 from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
 from orchestrator.resources import Resources
-from orchestrator.results import maps_table, profile_table, results_table, validation_table
+from orchestrator.results import (
+    fetch_tables,
+    maps_table,
+    profile_table,
+    results_table,
+    validation_table,
+)
 from orchestrator.reuse import Assessment, assess
 from orchestrator.runs import Fence, RunFolder, runs_folder
 from orchestrator.sources import DigestCache
 from orchestrator.status import status_data
-from orchestrator.store import Store
+from orchestrator.store import Store, open_store
 from orchestrator.sweep import Sweep
 from orchestrator.watch import QuietWatch, watching
 from workers.errors import InvalidInput
@@ -200,12 +206,13 @@ def write_report(folder: RunFolder) -> Written:
     """Build the report of a run from the store."""
     sweep = folder.sweep()
     base, location = folder.place()
-    store = Store(Path(location))
-    plan = build_plan(sweep, base, DigestCache(store.root / "digests.json"))
+    store = open_store(location)
+    plan = build_plan(sweep, base, DigestCache(store.folder / "digests.json"))
     records = folder.records()
     damaged: list[tuple[str, str]] = []
-    results = results_table(plan, store, records, damaged)
-    maps = maps_table(plan, store, damaged)
+    known = fetch_tables(plan, store)
+    results = results_table(plan, known, records, damaged)
+    maps = maps_table(plan, known, damaged)
     depths = [depth for depth in sweep.depths if depth]
     consensus = consensus_table(maps, depths, sweep.maps.pool, results)
     state = status_data(folder)
@@ -236,7 +243,7 @@ def write_report(folder: RunFolder) -> Written:
         profile_table(),
         summary,
         folder.report,
-        validation_table(plan, store, damaged),
+        validation_table(plan, known, damaged),
     )
     return Written(report, damaged)
 

@@ -7,25 +7,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestrator.attempt_log import read_log
 from orchestrator.runs import RunFolder
 from orchestrator.status import journal_line, stage_called
+from orchestrator.store import is_url
 from workers.errors import InvalidInput
 
 POLL_SECONDS = 0.5
+AWAY_POLL_SECONDS = 5.0
+"""Between looks at a log in an object store, to which it is copied now and then."""
 
 
 class _Tail:
-    """The whole lines that were added to a file since the last look."""
+    """The whole lines that were added to a file, or to what a URL holds, since the last look."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._read = path, 0
+    def __init__(self, location: str) -> None:
+        self.location, self._read = location, 0
 
     def fresh(self, last: bool = False) -> list[str]:
         """The new lines; with `last`, also what has no line end yet."""
         try:
-            with self.path.open("rb") as file:
-                file.seek(self._read)
-                data = file.read()
+            if is_url(self.location):
+                data = (read_log(self.location) or "").encode()[self._read :]
+            else:
+                with Path(self.location).open("rb") as file:
+                    file.seek(self._read)
+                    data = file.read()
         except OSError:
             return []
         whole = data if last else data[: data.rfind(b"\n") + 1]
@@ -35,7 +42,7 @@ class _Tail:
 
 def follow_journal(folder: RunFolder) -> Iterator[str]:
     """The journal for people, until no driver holds the run."""
-    tail = _Tail(folder.path / "journal.jsonl")
+    tail = _Tail(str(folder.path / "journal.jsonl"))
     while True:
         held = folder.held()  # before reading: what a driver wrote last is not missed
         yield from map(journal_line, _events(tail))
@@ -50,10 +57,10 @@ def follow_stage(folder: RunFolder, stage: str) -> Iterator[str]:
     Raises:
         InvalidInput: no such stage, several, or it has no log and will have none.
     """
-    journal = _Tail(folder.path / "journal.jsonl")
+    journal = _Tail(str(folder.path / "journal.jsonl"))
     journal.fresh()  # the record below tells what these say
     record = stage_called(folder, stage)
-    log = _Tail(Path(record.log)) if record.log else None
+    log = _Tail(record.log) if record.log else None
     ended = record.state in ("done", "failed", "blocked")
     if log is None and (ended or not folder.held()):
         why = "it was reused from the store" if record.reused else f"it is {record.state}"
@@ -63,16 +70,17 @@ def follow_stage(folder: RunFolder, stage: str) -> Iterator[str]:
         for event in _events(journal):
             if event.get("id") != record.id:
                 continue
-            if event["event"] == "start" and (log is None or str(log.path) != event["log"]):
+            if event["event"] == "start" and (log is None or log.location != event["log"]):
                 if log is not None:
                     yield from log.fresh(last=True)
-                log = _Tail(Path(event["log"]))
+                log = _Tail(event["log"])
             ended = event["event"] in ("done", "failed", "blocked")
         if log is not None:
             yield from log.fresh(last=over)
         if over:
             return
-        time.sleep(POLL_SECONDS)
+        away = log is not None and is_url(log.location)
+        time.sleep(AWAY_POLL_SECONDS if away else POLL_SECONDS)
 
 
 def _events(tail: _Tail) -> Iterator[dict[str, Any]]:

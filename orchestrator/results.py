@@ -20,7 +20,7 @@ from orchestrator.report.tables import (
 )
 from orchestrator.reuse import decide
 from orchestrator.runs import StageRecord
-from orchestrator.store import CorruptArtefact, Store
+from orchestrator.store import Artefacts, CorruptArtefact, Store
 from orchestrator.validation import validate
 from workers.maps.redundancy import RedundancyMap
 
@@ -31,9 +31,26 @@ METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
 DAMAGED = "its artefact in the store is not what was written: run the sweep again"
 
 
+def fetch_tables(plan: Plan, store: Store) -> Artefacts:
+    """Bring what the tables read to this machine, many artefacts at a time.
+
+    Returns:
+        The store as it is then: what turned out to be damaged is not in it.
+    """
+    known = store.snapshot()
+    for kinds in (("map", "damage"), ("evaluate",)):
+        for node in plan.nodes.values():
+            with contextlib.suppress(CorruptArtefact):
+                decide(plan, node, known)
+        nodes = [node for kind in kinds for node in plan.by_kind(kind)]
+        keyed = [(node.kind, key) for node in nodes if (key := plan.key(node.id)) is not None]
+        store.fetch(artefact for artefact in keyed if known.has(*artefact))
+    return store.snapshot()
+
+
 def results_table(
     plan: Plan,
-    store: Store,
+    store: Artefacts,
     records: dict[str, StageRecord],
     damaged: list[tuple[str, str]],
 ) -> pd.DataFrame:
@@ -86,7 +103,7 @@ def results_table(
     return typed(rows, RESULTS_COLUMNS)
 
 
-def maps_table(plan: Plan, store: Store, damaged: list[tuple[str, str]]) -> pd.DataFrame:
+def maps_table(plan: Plan, store: Artefacts, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """One row per map, criterion, pool and block (columns of the design's `maps.parquet`)."""
     parts = []
     for node in (*plan.by_kind("map"), *plan.by_kind("damage")):
@@ -105,7 +122,7 @@ def maps_table(plan: Plan, store: Store, damaged: list[tuple[str, str]]) -> pd.D
     return pd.concat([typed(part, MAPS_COLUMNS) for part in parts], ignore_index=True)
 
 
-def validation_table(plan: Plan, store: Store, damaged: list[tuple[str, str]]) -> pd.DataFrame:
+def validation_table(plan: Plan, store: Artefacts, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """Every map that has a damage map of its condition, held against it (`validation.parquet`)."""
     parts = []
     for damage in plan.by_kind("damage"):

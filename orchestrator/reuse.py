@@ -9,7 +9,7 @@ import pandas as pd
 
 from orchestrator.graph import Node, Plan
 from orchestrator.selectors import choose_start
-from orchestrator.store import CorruptArtefact, Store
+from orchestrator.store import Artefacts, CorruptArtefact, Store
 
 Verdict = Literal["run", "reuse", "undetermined", "unneeded"]
 TARGETS = ("evaluate", "map", "damage")
@@ -28,7 +28,7 @@ class Assessment:
         return sum(v == verdict for v in self.verdicts.values())
 
 
-def decide(plan: Plan, node: Node, store: Store) -> bool:
+def decide(plan: Plan, node: Node, store: Artefacts) -> bool:
     """Determine the node's block if its maps are there.
 
     Returns:
@@ -57,10 +57,11 @@ def assess(plan: Plan, store: Store) -> Assessment:
     """Hold every node of the plan against the store; determines what blocks it can."""
     verdicts: dict[str, Verdict] = {}
     reasons: dict[str, str] = {}
+    known = store.snapshot()
     for node in plan.nodes.values():
         # A damaged map is made anew by a run; here it is as if it were not there yet.
         with contextlib.suppress(CorruptArtefact):
-            decide(plan, node, store)
+            decide(plan, node, known)
         key = plan.key(node.id)
         if key is None:
             verdicts[node.id] = "undetermined"
@@ -69,7 +70,7 @@ def assess(plan: Plan, store: Store) -> Assessment:
                 if node.choice
                 else "waits for a block chosen from maps still to be made"
             )
-        elif store.has(node.kind, key):
+        elif known.has(node.kind, key):
             verdicts[node.id] = "reuse"
             reasons[node.id] = "in the store"
         else:

@@ -99,9 +99,9 @@ class RunFolder:
         """Folder of the report."""
         return self.path / "report"
 
-    def log(self, node_id: str, attempt: int) -> str:
+    def log(self, node_id: str, attempt: int) -> Path:
         """Log file of one attempt."""
-        return str(self.path / "logs" / f"{node_id.replace('/', '.')}.{attempt}.log")
+        return self.path / "logs" / f"{node_id.replace('/', '.')}.{attempt}.log"
 
     # --- what is fixed when a run starts -----------------------------------------------------
 
@@ -111,7 +111,7 @@ class RunFolder:
         text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         _replace(self.path / "sweep.yaml", text)
         _replace(self.path / "plan.json", write_plan(plan))
-        place = {"id": self.identity(), "base": str(base.absolute()), "store": str(store)}
+        place = {"id": self.identity(), "base": str(base.absolute()), "store": store}
         _replace(self.path / "run.json", json.dumps(place, indent=1))
 
     def identity(self) -> str:
@@ -127,7 +127,7 @@ class RunFolder:
         return parse_sweep(yaml.safe_load((self.path / "sweep.yaml").read_text()))
 
     def place(self) -> tuple[Path, str]:
-        """The folder relative paths start from, and the store's location."""
+        """The folder relative paths start from, and the store (folder or URL)."""
         place = json.loads((self.path / "run.json").read_text())
         return Path(place["base"]), str(place["store"])
 

@@ -3,12 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.attempt_log import read_log
 from orchestrator.runs import RunFolder, StageRecord
 from orchestrator.watch.board import Board, Stage
 from orchestrator.watch.table import STYLES, Pen, Table, shared
@@ -186,7 +186,8 @@ def stage_log(folder: RunFolder, stage: str) -> Iterator[str]:
         InvalidInput: no such stage, several, or it has no log yet.
     """
     record = stage_called(folder, stage)
-    if not record.log or not Path(record.log).is_file():
+    text = read_log(record.log) if record.log else None
+    if text is None:
         why = "it was reused from the store" if record.reused else f"it is {record.state}"
         raise InvalidInput(f"{record.id} has no log in this run: {why}")
-    yield from Path(record.log).read_text(encoding="utf-8", errors="replace").splitlines()
+    yield from text.splitlines()

@@ -11,11 +11,14 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from orchestrator.attempt_log import COPY_SECONDS
 from orchestrator.cli import app
 from orchestrator.consensus import SCOPES, consensus_table
 from orchestrator.driver.retries import BACKOFF_SECONDS, RETRIES
 from orchestrator.report.tables import TABLES
 from orchestrator.runs import HEARTBEAT_SECONDS, STALE_SECONDS
+from orchestrator.store.cache import CACHE, DEFAULT_LIMIT_GB, LIMIT
+from orchestrator.store.remote import FETCHES
 from orchestrator.sweep import SelectorName, load_sweep
 from workers.config import POOLS, HealMode
 from workers.lab.catalogue import CATALOGUE
@@ -232,6 +235,15 @@ def test_retries_are_as_the_driver_does_them():
 def test_the_lock_is_as_the_run_folder_keeps_it():
     text = part("architecture.md", "## Run folder")
     assert f"every {HEARTBEAT_SECONDS:g} s, stale after {STALE_SECONDS:g} s" in text
+
+
+def test_the_cache_is_as_the_store_keeps_it():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+ \| `?([^`|]+?)`? \|$", part("stores.md", "## The cache"), re.M
+    )
+    assert dict(rows) == {CACHE: "~/.cache/layersweep", LIMIT: f"{DEFAULT_LIMIT_GB:g}"}
+    assert f"{FETCHES} at a time" in part("stores.md", "## The cache")
+    assert f"every {COPY_SECONDS:g} s" in part("stores.md", "## What lies in the bucket")
 
 
 def test_every_lab_name_is_documented():

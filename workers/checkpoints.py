@@ -1,10 +1,11 @@
 """Checkpoints of long work: what a killed stage needs to go on and end with the same bytes.
 
 A checkpoint is one safetensors file, written beside and renamed, its digest in its name. So there is
-the last whole one or none, and a damaged one is passed over. What is in it is `training`'s and
-`decoding`'s business.
+the last whole one or none, and a damaged one is passed over. Where the folder dies with its node, a
+mirror keeps a copy. What is in it is `training`'s and `decoding`'s business.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,10 +13,10 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +41,22 @@ def _never() -> bool:
     return False
 
 
+class Mirror(Protocol):
+    """Where copies of a stage's checkpoints outlive the node."""
+
+    def names(self) -> list[str]:
+        """Names of the files that are there."""
+
+    def download(self, name: str, file: Path) -> None:
+        """Write one to a file of this machine."""
+
+    def upload(self, file: Path) -> None:
+        """Keep a copy under the file's own name."""
+
+    def remove(self, name: str) -> None:
+        """Forget one."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one stage."""
@@ -48,6 +65,8 @@ class Checkpoints:
     """Made when the first is written."""
     seconds: float = 300.0
     """From one to the next; 0: after each step."""
+    mirror: Mirror | None = None
+    """None: the folder is seen by every node."""
     asked_to_stop: Callable[[], bool] = _never
     """Whether to keep a checkpoint now and leave."""
 
@@ -58,6 +77,7 @@ class Checkpoints:
             expected: what its record must say, such as the device: one made elsewhere does not end
                 in the same weights, and is passed over.
         """
+        self._bring()
         for step, file in reversed(self._files()):
             content = _content(file)
             if content is None:
@@ -83,16 +103,58 @@ class Checkpoints:
         for _, old in before:
             if old != file:
                 old.unlink(missing_ok=True)
+        self._copy(file)
 
     def clear(self) -> None:
         """Forget them: the stage is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.mirror is not None:
+            with _spared("the copies of its checkpoints stay"):
+                for name in self.mirror.names():
+                    self.mirror.remove(name)
+
+    def _bring(self) -> None:
+        """Fetch from the mirror what is newer than what is here."""
+        if self.mirror is None:
+            return
+        here = max((step for step, _ in self._files()), default=-1)
+        there = [
+            (int(match[1]), match[0])
+            for match in map(_NAME.fullmatch, self.mirror.names())
+            if match
+        ]
+        for step, name in sorted(there):
+            if step > here:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                unfinished = self.folder / f".{uuid.uuid4().hex}"
+                self.mirror.download(name, unfinished)
+                unfinished.rename(self.folder / name)
+
+    def _copy(self, file: Path) -> None:
+        """Keep a copy in the mirror, in place of those before."""
+        if self.mirror is None:
+            return
+        with _spared("its newest checkpoint is on this node alone"):
+            before = self.mirror.names()
+            self.mirror.upload(file)
+            for name in before:
+                if name != file.name:
+                    self.mirror.remove(name)
 
     def _files(self) -> list[tuple[int, Path]]:
         if not self.folder.is_dir():
             return []
         named = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return sorted((int(match[1]), path) for match, path in named if match)
+
+
+@contextlib.contextmanager
+def _spared(consequence: str) -> Iterator[None]:
+    """Work goes on when only a copy of its checkpoint could not be kept."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{consequence}: {error}", flush=True)
 
 
 def place_of(device: torch.device) -> dict[str, str]:

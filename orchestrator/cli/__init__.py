@@ -20,6 +20,7 @@ def main() -> None:
     from cluster.connection import BadAddress, ClusterUnreachable
     from cluster.jobs import JobsError
     from orchestrator.runs import RunHeld, RunTaken
+    from orchestrator.store import StoreUnreachable
     from workers.errors import InvalidInput
 
     try:
@@ -28,6 +29,8 @@ def main() -> None:
         _complain(str(error), 2)
     except ClusterUnreachable as error:
         _complain(f"{error}; `layersweep doctor` says more", 2)
+    except StoreUnreachable as error:
+        _complain(f"{error}; nothing is lost, run the same command again when it does", 2)
     except (RunHeld, RunTaken) as error:
         _complain(str(error), 3)
     except KeyboardInterrupt:

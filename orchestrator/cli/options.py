@@ -21,7 +21,14 @@ SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep file
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name (or its folder), as in runs/RUN.")
 ]
-StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of artefacts.")]
+StoreLocation = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        metavar="PLACE",
+        help="Where artefacts are kept: a folder, or s3://bucket/prefix.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Change one setting of the sweep; repeatable."),

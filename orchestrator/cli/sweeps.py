@@ -9,7 +9,7 @@ from orchestrator.cli.options import (
     Address,
     AsJson,
     Overrides,
-    StoreFolder,
+    StoreLocation,
     SweepFile,
     app,
     console,
@@ -17,16 +17,16 @@ from orchestrator.cli.options import (
 )
 
 
-def _load(sweep_file: Path, store: Path, overrides: list[str] | None) -> tuple[Any, ...]:
+def _load(sweep_file: Path, store: str, overrides: list[str] | None) -> tuple[Any, ...]:
     from orchestrator.plan import build_plan
     from orchestrator.sources import DigestCache
-    from orchestrator.store import Store
+    from orchestrator.store import open_store
     from orchestrator.sweep import load_sweep
 
     sweep = load_sweep(sweep_file, overrides or ())
-    opened = Store(store)
+    opened = open_store(store)
     base = sweep_file.absolute().parent
-    plan = build_plan(sweep, base, DigestCache(opened.root / "digests.json"))
+    plan = build_plan(sweep, base, DigestCache(opened.folder / "digests.json"))
     return sweep, opened, base, plan
 
 
@@ -37,7 +37,7 @@ def plan(
         str | None,
         typer.Option(help="Ray cluster to hold the plan against: auto or host:port."),
     ] = None,
-    store: StoreFolder = Path("store"),
+    store: StoreLocation = "store",
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--all", help="List every stage.")] = False,
     as_json: AsJson = False,
@@ -65,7 +65,7 @@ def plan(
     if as_json:
         print_json(outlook_data(sweep, outlook))
     else:
-        show_outlook(sweep, outlook, str(opened.root), console(), every)
+        show_outlook(sweep, outlook, str(opened.location), console(), every)
     if outlook.obstacles:
         raise typer.Exit(2)
 
@@ -74,7 +74,7 @@ def plan(
 def run(
     sweep_file: SweepFile,
     address: Address = None,
-    store: StoreFolder = Path("store"),
+    store: StoreLocation = "store",
     overrides: Overrides = None,
     cpus: Annotated[
         int | None, typer.Option(min=1, help="CPU slots of the embedded cluster.")
@@ -102,7 +102,7 @@ def run(
 
 @app.command()
 def doctor(
-    address: Address = None, store: StoreFolder = Path("store"), as_json: AsJson = False
+    address: Address = None, store: StoreLocation = "store", as_json: AsJson = False
 ) -> None:
     """Check this machine: packages, GPUs, Ray, the store, the hub; says how to mend what is not."""
     from orchestrator.doctor import examine

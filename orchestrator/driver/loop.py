@@ -196,7 +196,7 @@ class Driver:
             Running(
                 held.node_id,
                 now - held.started,
-                self.run.log(held.node_id, self._tries.attempts[held.node_id]),
+                self._log(held.node_id),
                 held.gpus,
                 held.shape.ranks,
             )
@@ -294,7 +294,7 @@ class Driver:
         self.fleet.hold_base(held, node.base)
         self._tries.attempts[node_id] += 1
         attempt, relief = self._tries.attempts[node_id], self._tries.relief(node)
-        key, log = self.plan.key(node_id), self.run.log(node_id, attempt)
+        key, log = self.plan.key(node_id), self._log(node_id)
         payload = self._payload(node, log) | {"gpus": held.shape.gpus}
         held.node_id, held.started = node_id, time.monotonic()
         held.verdicts, held.failing_since = {}, None
@@ -305,6 +305,10 @@ class Driver:
             detail["relief"] = relief
         self.run.note("start", id=node_id, **detail)
         self.listener.event("start", node_id, detail)
+
+    def _log(self, node_id: str) -> str:
+        file = self.run.log(node_id, self._tries.attempts[node_id])
+        return self.store.log(self.run.name, file.name) or str(file)
 
     def _payload(self, node: Node, log: str) -> dict[str, Any]:
         minutes = self.sweep.resources.checkpoint_minutes

@@ -5,13 +5,9 @@ device where there are some, else from any on it, else from any. Where nothing o
 finished, the rough figure of the plan itself stands.
 """
 
-import heapq
-import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +17,7 @@ from orchestrator.estimate.shapes import DecoderShape, EncoderShape
 from orchestrator.estimate.subjects import Subjects, lab_decoder, lab_identity
 from orchestrator.estimate.work import Task, label, work
 from orchestrator.graph import Node, Plan
-from orchestrator.store import STAGE, Store
+from orchestrator.store import CorruptArtefact, Store
 from workers.lab.catalogue import CATALOGUE
 
 READ_A_KIND = 200
@@ -147,11 +143,19 @@ class _History:
         """The newest finished stages of some kinds."""
         found = []
         for kind in sorted(kinds):
-            for path in _newest(self.store.root / kind, READ_A_KIND):
-                one = self._finished(kind, _content(path / STAGE))
+            for stage in self.store.recent(kind, READ_A_KIND):
+                one = self._finished(kind, stage if isinstance(stage, dict) else {})
                 if one is not None:
                     found.append(one)
         return found
+
+    def _stage(self, kind: str, key: str) -> dict[str, Any]:
+        """`stage.json` of an artefact; empty where it cannot be read."""
+        try:
+            stage = self.store.stage(kind, key)
+        except (OSError, ValueError, CorruptArtefact):
+            return {}
+        return stage if isinstance(stage, dict) else {}
 
     def _note(self, node: Node, fingerprint: str) -> None:
         """Remember what the plan knows of a source: stage.json names it by fingerprint alone."""
@@ -191,7 +195,7 @@ class _History:
         if kind != "build":
             return None
         if key not in self._builds:
-            built = _content(self.store.path(kind, key) / STAGE)
+            built = self._stage(kind, key)
             self._builds[key] = lab_identity(built["params"]) if built else None
         return self._builds[key]
 
@@ -212,7 +216,7 @@ class _History:
         if kind != "heal":
             return 0
         if key not in self._depths:
-            healed = _content(self.store.path(kind, key) / STAGE)
+            healed = self._stage(kind, key)
             self._depths[key] = self._depth(healed) if healed else 0
         return self._depths[key]
 
@@ -275,21 +279,3 @@ def _run_as(model: str | None, params: Mapping[str, Any]) -> str | None:
     """A model in the precision it is run in, which its speed depends on."""
     dtype = (params.get("decoder") or params).get("dtype")
     return None if model is None else f"{model} {dtype}"
-
-
-def _newest(folder: Path, count: int) -> list[Path]:
-    """The artefacts of a kind that were written last."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [(e.stat().st_mtime, e.path) for e in entries if not e.name.startswith(".")]
-    except OSError:
-        return []
-    return [Path(path) for _, path in heapq.nlargest(count, found)]
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

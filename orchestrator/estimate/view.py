@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.connection import Capacity
 from orchestrator.estimate.feasible import gib
 from orchestrator.estimate.memory import Memory
 from orchestrator.estimate.outlook import Outlook
@@ -92,7 +93,7 @@ def outlook_data(sweep: Sweep, outlook: Outlook) -> dict[str, Any]:
             "alone_seconds": round(outlook.sharing.alone, 1),
             "shared_seconds": round(outlook.sharing.shared, 1),
         },
-        "cluster": None if outlook.capacity is None else asdict(outlook.capacity),
+        "cluster": None if outlook.capacity is None else _cluster(outlook.capacity),
         "infeasible": [asdict(obstacle) for obstacle in outlook.obstacles],
         "difference": None
         if found is None
@@ -257,3 +258,13 @@ def _parts(need: Memory | None) -> dict[str, int] | None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
+
+
+def _cluster(capacity: Capacity) -> dict[str, float]:
+    return {
+        "cpus": capacity.cpus,
+        "gpus": capacity.gpus,
+        "nodes": capacity.nodes,
+        "node_cpus": capacity.node_cpus,
+        "node_gpus": capacity.node_gpus,
+    }

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
 
+from orchestrator.attempt_log import log_tail
+
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])")
 STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
@@ -17,13 +19,7 @@ def one_line(text: object) -> str:
 
 def last_line(log: str | Path) -> str:
     """The last line of a log file that says something, without its time; "" if there is none."""
-    try:
-        with Path(log).open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 4000))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except (OSError, ValueError):
-        return ""
+    lines = log_tail(log).splitlines()
     said = (STAMP.sub("", one_line(line)) for line in reversed(lines))
     return next((line for line in said if line), "")
 

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from workers.ranks import join
 
 
@@ -32,14 +32,14 @@ def run(payload, rank, ranks, meeting):
     if what == "hang":
         time.sleep(600)
     if what == "waits to stop":
-        store = Store(Path(payload["store"]), new=False)
+        store = open_store(payload["store"], new=False)
         while not (store.read_note(payload["fence"]["name"]) or {}).get("stop"):
             time.sleep(0.1)
         return {"status": "stopped", "message": "kept a checkpoint"}
     if what != "done":
         return {"status": "failed", "class": what, "message": f"{what} on try {attempt}"}
     if rank == 0:
-        store = Store(Path(payload["store"]), new=False)
+        store = open_store(payload["store"], new=False)
         folder = store.begin(payload["kind"], payload["key"])
         told = {
             "began": began,

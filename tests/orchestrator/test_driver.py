@@ -14,7 +14,7 @@ from orchestrator.driver import Driver
 from orchestrator.graph import Node, Plan
 from orchestrator.reuse import Assessment, assess
 from orchestrator.runs import Fence, RunFolder, RunTaken
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.sweep import parse_sweep
 
 SWEEP = {
@@ -61,7 +61,7 @@ class World:
     """A run folder and a store, and a driver over hand-made stages."""
 
     def __init__(self, folder, cluster):
-        self.store, self.cluster = Store(folder / "store"), cluster
+        self.store, self.cluster = open_store(folder / "store"), cluster
         self.folder = RunFolder(folder / "runs" / "r")
         self.heard = Heard()
 

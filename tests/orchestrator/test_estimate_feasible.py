@@ -1,12 +1,11 @@
 """What cannot be placed, what sharing saves, and how `plan` says both."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-from cluster.connection import Capacity, ClusterUnreachable
+from cluster.connection import Capacity, ClusterUnreachable, Room
 from orchestrator.cli import app
 from orchestrator.estimate.feasible import GIB, obstacles
 from orchestrator.estimate.memory import Memory, fits
@@ -16,7 +15,7 @@ from orchestrator.plan import build_plan
 from orchestrator.reuse import assess
 from orchestrator.runs import RunFolder
 from orchestrator.sources import DigestCache
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.sweep import Resources, load_sweep, parse_sweep
 
 TINY = {
@@ -29,14 +28,14 @@ TINY = {
     "heal": {"modes": ["none", "joint"], "batch_size": 16},
     "maps": {"text": False},
 }
-GPUS = Capacity(cpus=64, gpus=8, nodes=2, node_cpus=32, node_gpus=4)
+GPUS = Capacity((Room(32, 4), Room(32, 4)))
 HEAD = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False}
-CPUS = Capacity(cpus=8, gpus=0, nodes=2, node_cpus=4, node_gpus=0)
+CPUS = Capacity((Room(4), Room(4)))
 
 
 def plan_of(folder, **changes):
     plan = build_plan(parse_sweep({**TINY, **changes}), folder, DigestCache(folder / "d.json"))
-    assess(plan, Store(folder / "empty"))
+    assess(plan, open_store(folder / "empty"))
     return plan
 
 
@@ -45,7 +44,7 @@ def needs(plan, **by_kind):
 
 
 def outlook_of(folder, plan, capacity=None, **resources):
-    store = Store(folder / "empty")
+    store = open_store(folder / "empty")
     return look_ahead(plan, store, assess(plan, store), Resources(**resources), capacity=capacity)
 
 
@@ -161,8 +160,8 @@ def test_small_jobs_share_a_card_and_cost_that_part_of_a_gpu_hour(tmp_path):
 
 def test_more_slots_shorten_the_run_down_to_its_longest_chain(tmp_path):
     plan = plan_of(tmp_path)
-    one = outlook_of(tmp_path, plan, replace(CPUS, cpus=1))
-    many = outlook_of(tmp_path, plan, replace(CPUS, cpus=10_000))
+    one = outlook_of(tmp_path, plan, Capacity((Room(1),)))
+    many = outlook_of(tmp_path, plan, Capacity((Room(10_000),)))
     assert one.wall_seconds == pytest.approx(one.seconds)
     assert many.wall_seconds == many.longest_chain < one.seconds
 
@@ -204,7 +203,9 @@ def test_plan_names_what_a_card_cannot_hold_and_ends_with_2(sweep_file):
 
 def test_plan_tells_the_difference_from_the_last_run(sweep_file, tmp_path):
     sweep = load_sweep(sweep_file)
-    RunFolder(tmp_path / "runs" / "tiny").start(sweep, tmp_path, tmp_path / "s", plan_of(tmp_path))
+    RunFolder(tmp_path / "runs" / "tiny").start(
+        sweep, tmp_path, str(tmp_path / "s"), plan_of(tmp_path)
+    )
     assert "Last plan (runs/tiny): the same stages" in planned(sweep_file).output
     changed = planned(sweep_file, "--set", "heal.steps=7", "--set", "depths=[0, 1, 2]").output
     assert "Last plan (runs/tiny): 6 added, 0 removed, 6 changed" in changed

@@ -12,7 +12,7 @@ from orchestrator.estimate.tensors import config_shapes
 from orchestrator.plan import build_plan
 from orchestrator.reuse import assess
 from orchestrator.sources import DigestCache
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.sweep import parse_sweep
 from workers.batches import Example, encode
 from workers.config import Condition, LoraSettings, ProjectorConfig
@@ -51,7 +51,7 @@ GIB = 2**30
 
 def plan_of(folder, **changes):
     plan = build_plan(parse_sweep({**TINY, **changes}), folder, DigestCache(folder / "d.json"))
-    assess(plan, Store(folder / "empty"))
+    assess(plan, open_store(folder / "empty"))
     return plan
 
 

@@ -9,7 +9,7 @@ from orchestrator.estimate.seconds import READ_A_KIND, stage_seconds, stage_time
 from orchestrator.plan import build_plan
 from orchestrator.reuse import assess
 from orchestrator.sources import DigestCache
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.sweep import parse_sweep
 
 TINY = {
@@ -25,7 +25,7 @@ TINY = {
 
 def plan_of(folder, **changes):
     plan = build_plan(parse_sweep({**TINY, **changes}), folder, DigestCache(folder / "d.json"))
-    assess(plan, Store(folder / "empty"))
+    assess(plan, open_store(folder / "empty"))
     return plan
 
 
@@ -56,7 +56,7 @@ def heals(plan, depth):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "store")
+    return open_store(tmp_path / "store")
 
 
 def test_time_that_grows_with_steps_is_predicted_for_steps_never_seen(tmp_path, store):

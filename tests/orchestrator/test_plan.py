@@ -10,7 +10,7 @@ import soundfile
 from orchestrator.plan import build_plan
 from orchestrator.reuse import assess
 from orchestrator.sources import DigestCache
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.sweep import parse_sweep
 from workers.errors import InvalidInput
 
@@ -28,7 +28,7 @@ TINY = {
 
 def plan_of(tmp_path, **changes):
     plan = build_plan(parse_sweep({**TINY, **changes}), tmp_path, DigestCache(tmp_path / "d.json"))
-    assess(plan, Store(tmp_path / "empty"))  # determines the blocks that need no map
+    assess(plan, open_store(tmp_path / "empty"))  # determines the blocks that need no map
     return plan
 
 
@@ -78,7 +78,7 @@ def test_shared_healing_heals_once_for_all_conditions(tmp_path):
 
 
 def test_heals_are_undetermined_until_their_maps_exist(tmp_path):
-    plan, store = plan_of(tmp_path), Store(tmp_path / "store")
+    plan, store = plan_of(tmp_path), open_store(tmp_path / "store")
     found = assess(plan, store)
     assert found.count("reuse") == 0
     pruned = [n.id for n in plan.by_kind("heal") if "/consensus/" in n.id]
@@ -94,7 +94,7 @@ def test_heals_are_undetermined_until_their_maps_exist(tmp_path):
 
 def test_selectors_that_choose_the_same_block_end_in_one_heal(tmp_path):
     selectors = ["consensus", {"selector": "fixed", "start": 3}, "last"]
-    plan, store = plan_of(tmp_path, selectors=selectors), Store(tmp_path / "store")
+    plan, store = plan_of(tmp_path, selectors=selectors), open_store(tmp_path / "store")
     for node in plan.by_kind("map"):
         fake_map(store, plan, node.id, best=3)
     assess(plan, store)
@@ -259,7 +259,7 @@ def test_a_selector_reads_the_criterion_it_names(tmp_path):
         + [{"selector": "own", "criterion": name} for name in ("influence", "damage")],
         maps={"criteria": ["angular", "influence"], "damage": True},
     )
-    store = Store(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     for node in [*plan.by_kind("map"), *plan.by_kind("damage")]:
         fake_map(store, plan, node.id, 5 if node.kind == "damage" else 1, influence=3)
     assess(plan, store)

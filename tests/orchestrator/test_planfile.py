@@ -10,7 +10,7 @@ from orchestrator.planfile import difference, planned_stages, read_plan, write_p
 from orchestrator.reuse import assess
 from orchestrator.runs import RunFolder
 from orchestrator.sources import DigestCache
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.sweep import parse_sweep
 from workers import stages
 
@@ -27,7 +27,7 @@ TINY = {
 
 def plan_of(folder, **changes):
     plan = build_plan(parse_sweep({**TINY, **changes}), folder, DigestCache(folder / "d.json"))
-    assess(plan, Store(folder / "empty"))
+    assess(plan, open_store(folder / "empty"))
     return plan
 
 
@@ -54,7 +54,7 @@ def own_reasons(found):
 def test_a_run_folder_gives_back_every_stage_with_what_it_waits_for(tmp_path):
     sweep, plan = parse_sweep(TINY), plan_of(tmp_path)
     folder = RunFolder(tmp_path / "run")
-    folder.start(sweep, tmp_path, tmp_path / "store", plan)
+    folder.start(sweep, tmp_path, str(tmp_path / "store"), plan)
     records = folder.records()
     assert list(records) == list(plan.nodes)
     assert {i: set(r.dependencies) for i, r in records.items()} == {

@@ -31,7 +31,7 @@ def folder(tmp_path):
         "map/c": Node("map/c", "map", {}, {"features": "encode/b"}),
     }
     run.path.mkdir(parents=True)
-    run.start(parse_sweep(SWEEP), tmp_path, tmp_path / "store", Plan("r", nodes))
+    run.start(parse_sweep(SWEEP), tmp_path, str(tmp_path / "store"), Plan("r", nodes))
     return run
 
 

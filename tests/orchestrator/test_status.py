@@ -27,7 +27,7 @@ def folder(tmp_path):
     plan = build_plan(sweep, CONFIGS, DigestCache(tmp_path / "digests.json"))
     run = RunFolder(tmp_path / "runs" / "smoke")
     run.path.mkdir(parents=True)
-    run.start(sweep, CONFIGS, tmp_path / "store", plan)
+    run.start(sweep, CONFIGS, str(tmp_path / "store"), plan)
     run.note("begin", nodes=len(plan.nodes))
     return run
 

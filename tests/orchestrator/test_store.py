@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from orchestrator.store import MARKER, CorruptArtefact, Store
+from orchestrator.store import MARKER, CorruptArtefact, open_store
 from workers.errors import InvalidInput
 
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "store")
+    return open_store(tmp_path / "store")
 
 
 def put(store, key="k1", text="weights"):
@@ -80,14 +80,37 @@ def test_every_file_has_its_digest(store):
     assert set(files) == {"sub/data.json", "stage.json"}
 
 
+def test_a_snapshot_says_what_the_store_says(store):
+    for key in ("whole", "truncated", "unmarked"):
+        put(store, key)
+    (store.path("heal", "truncated") / "sub" / "data.json").write_text("wei")
+    (store.path("heal", "unmarked") / MARKER).unlink()
+    known = store.snapshot()
+    keys = ("whole", "truncated", "unmarked", "never")
+    assert [key for key in keys if known.has("heal", key)] == ["whole"]
+    assert not known.has("nosuchkind", "whole")
+    put(store, "later")
+    assert not known.has("heal", "later"), "it is how things were"
+    assert store.has("heal", "later")
+
+
+def test_notes_are_kept_and_replaced_and_are_no_artefacts(store):
+    assert store.read_note("runs/smoke") is None
+    store.write_note("runs/smoke", {"fence": 1})
+    store.write_note("runs/smoke", {"fence": 2})
+    assert open_store(store.location).read_note("runs/smoke") == {"fence": 2}
+    assert list(store.keys(".notes")) == []
+    assert len([p for p in store.folder.rglob("*") if p.is_file()]) == 1
+
+
 def test_a_store_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInput, match="--store"):
-        Store(tmp_path / "file" / "store")
+        open_store(tmp_path / "file" / "store")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_store_is_refused(tmp_path):
     (tmp_path / "store").mkdir(mode=0o500)
     with pytest.raises(InvalidInput, match="cannot be written"):
-        Store(tmp_path / "store")
+        open_store(tmp_path / "store")
