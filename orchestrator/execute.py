@@ -24,6 +24,7 @@ from orchestrator.plan import build_plan
 from orchestrator.report import Report, RunSummary, build_report
 from orchestrator.resources import Resources
 from orchestrator.results import (
+    deviations,
     fetch_tables,
     maps_table,
     profile_table,
@@ -222,6 +223,7 @@ def write_report(folder: RunFolder) -> Written:
         sweep=sweep.model_dump(mode="json"),
         stages=state["states"],
         failures=[(f["id"], f["class"], f["message"], f["log"]) for f in state["failed"]],
+        deviations=deviations(plan, known, store),
         lab=any(
             reference.startswith("lab:")
             for reference in (

@@ -24,6 +24,8 @@ from orchestrator.store import Artefacts, CorruptArtefact, Store
 from orchestrator.validation import validate
 from workers.maps.redundancy import RedundancyMap
 
+RELIEVED = ("adapt", "heal", "map", "damage", "evaluate")
+"""Kinds that the OOM ladder helps."""
 SCORE = ("metric", "value", "ci_low", "ci_high", "samples")
 METRICS = {"asr": ("wer", "cer"), "ast": ("bleu", "chrf")}
 
@@ -145,6 +147,20 @@ def validation_table(plan: Plan, store: Artefacts, damaged: list[tuple[str, str]
 def profile_table() -> pd.DataFrame:
     """An empty table of the design's `profile.parquet`: sweeps have no profile stage yet."""
     return typed([], PROFILE_COLUMNS)
+
+
+def deviations(plan: Plan, known: Artefacts, store: Store) -> list[tuple[str, str]]:
+    """Stages that had to do with less memory than their parameters ask for, and how."""
+    found = []
+    for node in plan.nodes.values():
+        key = plan.key(node.id)
+        if key is None or node.kind not in RELIEVED or not known.has(node.kind, key):
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            relief = store.stage(node.kind, key).get("provenance", {}).get("relief", "")
+            if relief:
+                found.append((node.id, relief))
+    return found
 
 
 def _why_not(node: Node, records: dict[str, StageRecord]) -> tuple[str, str]:

@@ -340,10 +340,6 @@ def _apply(record: StageRecord, event: dict[str, Any]) -> None:
             record.state, record.reused = "done", event.get("reused", False)
             record.key, record.seconds = event.get("key"), event.get("seconds", 0.0)
             record.failure = record.message = ""
-        case "retry":
-            record.failure, record.message = event["class"], event["message"]
-        case "stopped":
-            record.state, record.message = "stopped", event["message"]
         case "failed":
             record.state = "failed"
             record.failure, record.message = event["class"], event["message"]

@@ -76,6 +76,10 @@ def markdown(
         ["failed stage", "class", "message", "log"],
         [list(Failure(*failure)) for failure in summary.failures],
     )
+    lines += _table(
+        ["stage short of GPU memory", "what it did differently"],
+        [list(deviation) for deviation in summary.deviations],
+    )
     if missing:
         lines += [f"Run what is missing: `{summary.rerun}` (what is done is reused).", ""]
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def test_notes_are_kept_and_replaced_and_are_no_artefacts(store):
     store.write_note("runs/smoke", {"fence": 2})
     assert open_store(store.location).read_note("runs/smoke") == {"fence": 2}
     assert list(store.keys(".notes")) == []
-    assert len([p for p in store.folder.rglob("*") if p.is_file()]) == 1
+    assert len(list((store.folder / ".notes").rglob("*.json"))) == 1
 
 
 def test_a_store_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):
