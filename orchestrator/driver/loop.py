@@ -148,6 +148,7 @@ class Driver:
         self._in_flight: dict[str, str] = {}
         self._reused = 0
         self._looked = time.monotonic()
+        self._ticked = 0.0
         self._gpu_seconds = self.run.gpu_seconds()
         self._stopping_since: float | None = None
         self._interrupted = False
@@ -239,7 +240,7 @@ class Driver:
                 self._launch()
                 self._collect()
                 self._look_around()
-                self.listener.tick(self)
+                self._tick()
         except KeyboardInterrupt:
             self._interrupted = True
             self.reason = self.reason or "interrupted"
@@ -283,6 +284,13 @@ class Driver:
         for node_id in self.plan.nodes:
             if self.state[node_id] == "waiting" and self._missing[node_id] == 0:
                 self._make_ready(node_id)
+
+    def _tick(self) -> None:
+        """Let those who watch look at every stage: twice a second, however fast stages end."""
+        now = time.monotonic()
+        if now - self._ticked >= POLL_SECONDS:
+            self._ticked = now
+            self.listener.tick(self)
 
     def _unfinished(self) -> bool:
         busy = bool(self.fleet.busy())
