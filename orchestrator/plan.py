@@ -326,7 +326,8 @@ class _Layout:
             criterion=selector.criterion,
             maps=maps,
             start=selector.start,
-            seed=seed,
+            # The draw's alone: with it in the others, each seed would read all maps again.
+            seed=seed if selector.selector == "random" else 0,
         )
 
     def _heal(
