@@ -15,9 +15,10 @@ def canonical(value: Any, where: str = "") -> str:
     """
     if not _plain(value):
         _check(value, where)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _ATOMS = frozenset({type(None), str, bool, int, float})
 
 
@@ -27,8 +28,13 @@ def _plain(value: Any) -> bool:
     if kind in _ATOMS:
         return True
     if kind is dict:
-        return all(type(name) is str for name in value) and all(map(_plain, value.values()))
-    return (kind is list or kind is tuple) and all(map(_plain, value))
+        for name, inner in value.items():
+            if type(name) is not str or not (type(inner) in _ATOMS or _plain(inner)):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        return all(type(inner) in _ATOMS or _plain(inner) for inner in value)
+    return False
 
 
 def _check(value: Any, where: str) -> None:
