@@ -149,7 +149,8 @@ class Driver:
         self._reused = 0
         self._looked = time.monotonic()
         self._ticked = 0.0
-        self._gpu_seconds = self.run.gpu_seconds()
+        self._history = self.run.history()
+        self._gpu_seconds = self._history.gpu_seconds
         self._stopping_since: float | None = None
         self._interrupted = False
 
@@ -277,7 +278,9 @@ class Driver:
             for node_id in finished:
                 self.state[node_id] = "done"
                 self._reused += 1
-                self.run.note("done", id=node_id, key=self.plan.key(node_id), reused=True)
+                key = self.plan.key(node_id)
+                if self._history.done.get(node_id) != key:  # else the journal has it already
+                    self.run.note("done", id=node_id, key=key, reused=True)
         for node_id in finished:
             for other in self._dependents[node_id]:
                 self._missing[other] -= 1
