@@ -64,7 +64,7 @@ def spent(into: dict[str, float], name: str) -> Iterator[None]:
     yield
     after = os.times()
     into[f"{name}_seconds"] = time.perf_counter() - began
-    into[f"{name}_cpu"] = after.user + after.system - before.user - before.system
+    into[f"{name}_cpu"] = sum(after[:4]) - sum(before[:4])
 
 
 def host(options: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.sources import DigestCache
     from orchestrator.store import Store
     from orchestrator.sweep import load_sweep
-    from orchestrator.watch import PlainWatch, status_data
+    from orchestrator.watch import PlainWatch
 
     found: dict[str, Any] = {"imports_mib": peak_mib()}
     os.chdir(options.folder)
@@ -129,8 +129,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     else:
         drive(lambda: Capacity(()))
     found["drive_mib"] = peak_mib()
+    command = [sys.executable, "-m", "orchestrator.cli", "status", sweep.name, "--json"]
     with spent(found, "status"):
-        status_data(folder)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return found
 
 
