@@ -1,7 +1,7 @@
 """The driver's own cost: seconds to plan, run and resume tens of thousands of stages that do nothing.
 
-    python benchmarks/driver.py                      # 10,000 and 100,000 stages; takes a while
-    python benchmarks/driver.py --stages 10000 --trials 200
+    python benchmarks/driver.py                           # 10,000 and 100,000 stages; a quarter of an hour
+    python benchmarks/driver.py --run 10000 --trials 200
 
 A real sweep file, laid out by the real planner (one decoder, two encoders, five conditions, four
 depths, two selectors, two modes, and as many seeds as it takes), with workers that call a function
@@ -246,50 +246,49 @@ def one_ray(cpus: int) -> Iterator[str]:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """All of it, in turn."""
     print(f"load {os.getloadavg()[0]:.1f} before; {options.cpus} CPU slots", flush=True)
+    first = options.run[0]
+    ran: dict[tuple[str, str], dict[str, Any]] = {}
     with one_ray(options.cpus) as address:
 
-        def on_ray(name: str, stages: int, target: str, place: str) -> dict[str, Any]:
-            found = child(
-                name, stages=stages, target=target, address=address, folder=room(folder, place)
-            )
+        def on_ray(name: str, jobs: int, target: str) -> dict[str, Any]:
+            place = room(folder, f"{name}-{target}")
+            found = child(name, stages=jobs, target=target, address=address, folder=place)
             line(name, target, found)
             return found
 
-        ran: dict[tuple[str, str], dict[str, Any]] = {}
         print(f"{'':24}{'jobs':>8}{'wall s':>9}{'CPU s':>9}{'CPU ms a job':>14}{'peak MiB':>10}")
         for target in ("nothing", "commit"):
-            for name, jobs in (
-                ("ours", options.run),
-                ("loop", options.run),
-                ("tune", options.trials),
-            ):
-                ran[name, target] = on_ray(name, jobs, target, f"{name}-{target}")
-        for (name, target), found in ran.items():
-            if name != "ours":
-                mine = per_job(ran["ours", target], "cpu")
-                wall = per_job(ran["ours", target], "seconds")
-                print(
-                    f"{name}, {target}: driver CPU a job {per_job(found, 'cpu') / mine:.2f} x ours, "
-                    f"wall-clock a job {per_job(found, 'seconds') / wall:.2f} x ours"
-                )
-        trials = ran["tune", "commit"]
-        print(
-            f"Ray Tune, {trials['ran']} trials that are all done, restored: "
-            f"{trials['resume_seconds']:.1f} s, {1e3 * trials['resume_cpu'] / trials['ran']:.2f} CPU ms each"
-        )
-    print(f"\n{'ours, all done':16}{'stages':>8}" + "".join(f"{name:>16}" for name in PHASES))
-    for stages in options.resume:
-        place = room(folder, "ours-commit" if stages == options.run else f"made-{stages}")
-        if stages != options.run:
-            child("make", stages=stages, folder=place)
+            for name, jobs in (("ours", first), ("loop", first), ("tune", options.trials)):
+                ran[name, target] = on_ray(name, jobs, target)
+        for more in options.run[1:]:
+            on_ray("ours", more, "commit")
+    for (name, target), found in ran.items():
+        if name != "ours":
+            mine = per_job(ran["ours", target], "cpu")
+            wall = per_job(ran["ours", target], "seconds")
+            print(
+                f"{name}, {target}: driver CPU a job {per_job(found, 'cpu') / mine:.2f} x ours, "
+                f"wall-clock a job {per_job(found, 'seconds') / wall:.2f} x ours"
+            )
+    trials = ran["tune", "commit"]
+    each = 1e3 * trials["resume_cpu"] / trials["ran"]
+    print(
+        f"Ray Tune, {trials['ran']} trials that are all done, restored: "
+        f"{trials['resume_seconds']:.1f} s, {each:.2f} CPU ms each"
+    )
+    print("\nours, all done: seconds (and CPU seconds)")
+    print(f"{'stages':>8}" + "".join(f"{name:>16}" for name in (*PHASES, "to resume")))
+    for stages in options.run:
+        place = room(folder, "ours-commit")
         found = child("ours", stages=stages, target="commit", address="none", folder=place)
+        whole = sum(found[f"{name}_seconds"] for name in PHASES if name != "status")
         seconds = [
             f"{found[f'{name}_seconds']:.2f} ({found[f'{name}_cpu']:.2f})" for name in PHASES
         ]
-        print(f"{'':16}{found['stages']:8}" + "".join(f"{text:>16}" for text in seconds))
-        whole = sum(found[f"{name}_seconds"] for name in PHASES if name != "status")
         print(
-            f"{'':16}to resume {whole:.1f} s; peak {found['drive_mib']:.0f} MiB, "
+            f"{found['stages']:8}"
+            + "".join(f"{text:>16}" for text in (*seconds, f"{whole:.1f}"))
+            + f"   peak {found['drive_mib']:.0f} MiB, "
             f"{found['drive_mib'] - found['imports_mib']:.0f} above the imports"
         )
     print(f"load {os.getloadavg()[0]:.1f} after")
@@ -319,34 +318,12 @@ def line(name: str, target: str, found: dict[str, Any]) -> None:
     )
 
 
-def make(options: argparse.Namespace) -> dict[str, Any]:
-    """All artefacts of a sweep, as `commit` leaves them but without waiting for the disk."""
-    from noop import artefact
-
-    from orchestrator.plan import build_plan
-    from orchestrator.reuse import decide
-    from orchestrator.sources import DigestCache
-    from orchestrator.store import Store
-    from orchestrator.sweep import parse_sweep
-
-    os.chdir(options.folder)
-    store = Store(Path("store"))
-    sweep = parse_sweep(sweep_of(options.stages))
-    plan = build_plan(sweep, Path.cwd(), DigestCache(store.root / "digests.json"))
-    os.fsync = lambda _: None
-    for node in plan.nodes.values():
-        assert decide(plan, node, store)
-        key = plan.key(node.id)
-        assert key is not None
-        payload = {"kind": node.kind, "key": key, "params": node.params, "inputs": node.inputs}
-        artefact(store, payload)
-    return {"made": len(plan.nodes)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=int, default=10_000, help="stages that are really run")
-    parser.add_argument("--resume", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument(
+        "--run", type=int, nargs="+", default=[10_000, 100_000],
+        help="stages to run and resume; the first number for all, the others for ours alone",
+    )  # fmt: skip
     parser.add_argument("--trials", type=int, default=500, help="of Ray Tune")
     parser.add_argument("--cpus", type=int, default=os.cpu_count())
     parser.add_argument("--folder", help="work here, and leave it behind")
@@ -355,7 +332,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     children: dict[str, Callable[[argparse.Namespace], Any]] = {
-        "host": host, "ours": ours, "loop": loop, "tune": tune, "make": make,
+        "host": host, "ours": ours, "loop": loop, "tune": tune,
     }  # fmt: skip
     if options.child:
         answer = children[options.child](options)
