@@ -13,8 +13,28 @@ def canonical(value: Any, where: str = "") -> str:
         TypeError: something in it has no fingerprint (only mappings with string keys, lists,
             strings, numbers, booleans and None do); names its place.
     """
-    _check(value, where)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    if not _plain(value):
+        _check(value, where)
+    return _CANONICAL.encode(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_ATOMS = frozenset({type(None), str, bool, int, float})
+
+
+def _plain(value: Any) -> bool:
+    """Whether all of it is of the built-in types; a quick look that spares most values `_check`."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    if kind is dict:
+        for name, inner in value.items():
+            if type(name) is not str or not (type(inner) in _ATOMS or _plain(inner)):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        return all(type(inner) in _ATOMS or _plain(inner) for inner in value)
+    return False
 
 
 def _check(value: Any, where: str) -> None:

@@ -4,6 +4,7 @@ Every refusal that needs no job to run happens here, with the path of the key in
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +38,24 @@ def build_plan(sweep: Sweep, base: Path, digests: DigestCache) -> Plan:
     return plan
 
 
+@dataclass(frozen=True)
+class _HealPorts:
+    """What heals of a group read, the same for every block, mode and seed."""
+
+    conditions: list[dict[str, Any]]
+    inputs: dict[str, str]
+    sources: dict[str, Source]
+
+
 class _Layout:
     def __init__(self, sweep: Sweep, base: Path, digests: DigestCache) -> None:
         self.sweep, self.base, self.digests = sweep, base, digests
         self.nodes: dict[str, Node] = {}
+        # Parameters that thousands of nodes have in common are one object, which none of them changes.
+        self.heal_settings = sweep.heal.model_dump(exclude={"modes"})
+        self.decode_settings = sweep.evaluate.model_dump()
+        self.conditions = {c.label: c.model_dump() for c in sweep.conditions()}
+        self.decoders: dict[tuple[str, bool], dict[str, Any]] = {}
 
     def lay_out(self) -> Plan:
         names = Names(self.sweep, self.base, self.digests, self._add)
@@ -159,6 +174,9 @@ class _Layout:
         return listed, inputs, sources
 
     def _decoder_params(self, decoder: Decoder, *, adapted: bool = True) -> dict[str, Any]:
+        known = self.decoders.get((decoder.entry.name, adapted))
+        if known is not None:
+            return known
         params: dict[str, Any] = {
             "dtype": decoder.entry.dtype,
             "trust_remote_code": decoder.entry.trust_remote_code,
@@ -167,6 +185,7 @@ class _Layout:
             params["speechllm"] = True
         if decoder.own_adapter and not adapted:
             params["own_adapter"] = False
+        self.decoders[decoder.entry.name, adapted] = params
         return params
 
     def _prompts(self, decoder: Decoder) -> dict[str, Any]:
@@ -291,24 +310,35 @@ class _Layout:
     ) -> None:
         sweep = self.sweep
         own = [(entry.name, cell.condition.label) for cell in group]
+        ports = self._heal_ports(decoder, entry, group, base, features)
         for depth in sweep.depths:
             for selector in sweep.selectors if depth else [None]:
+                random_block = selector is not None and selector.selector == "random"
+                choices: dict[int, Choice | None] = dict.fromkeys(sweep.seeds)
+                if selector is not None:
+                    source = damages if selector.criterion == "damage" else speech_maps
+                    read = {"own": own, "consensus": list(source)}
+                    maps = tuple(source[name] for name in read.get(selector.selector, ()))
+                    choices = self._choices(selector, depth, decoder.layers, maps)
                 for mode in sweep.heal.modes:
                     for seed in sweep.seeds:
-                        random_block = selector is not None and selector.selector == "random"
                         if mode == "none" and not random_block and seed != sweep.seeds[0]:
                             continue  # nothing in it depends on a seed
-                        choice = None
-                        if selector is not None:
-                            source = damages if selector.criterion == "damage" else speech_maps
-                            read = {"own": own, "consensus": list(source)}
-                            maps = tuple(source[name] for name in read.get(selector.selector, ()))
-                            choice = self._choice(selector, depth, decoder.layers, maps, seed)
                         shown_seed = None if mode == "none" and not random_block else seed
                         self._heal(
-                            decoder, entry, group, base, features, depth, choice, selector, mode,
-                            seed, shown_seed,
+                            decoder, entry, group, ports[mode != "none"], features, depth,
+                            choices[seed], selector, mode, seed, shown_seed,
                         )  # fmt: skip
+
+    def _choices(
+        self, selector: SelectorEntry, depth: int, layers: int, maps: tuple[str, ...]
+    ) -> dict[int, Choice | None]:
+        """How each seed's block is chosen; all seeds share one choice unless the block is drawn."""
+        if selector.selector == "random":
+            return {
+                seed: self._choice(selector, depth, layers, maps, seed) for seed in self.sweep.seeds
+            }
+        return dict.fromkeys(self.sweep.seeds, self._choice(selector, depth, layers, maps, 0))
 
     def _choice(
         self,
@@ -329,12 +359,29 @@ class _Layout:
             seed=seed,
         )
 
-    def _heal(
+    def _heal_ports(
         self,
         decoder: Decoder,
         entry: EncoderEntry,
         group: Sequence[Cell],
         base: str,
+        features: dict[tuple[str, str], str],
+    ) -> tuple[_HealPorts, _HealPorts]:
+        """What heals of a group read: those that train nothing, and the others."""
+        inputs, sources = _ports(("decoder", decoder.node, decoder.source))
+        inputs["base"] = base
+        conditions, more_inputs, more_sources = self._conditions(entry, group, features)
+        return (
+            _HealPorts([], inputs, sources),
+            _HealPorts(conditions, {**inputs, **more_inputs}, {**sources, **more_sources}),
+        )
+
+    def _heal(
+        self,
+        decoder: Decoder,
+        entry: EncoderEntry,
+        group: Sequence[Cell],
+        ports: _HealPorts,
         features: dict[tuple[str, str], str],
         depth: int,
         choice: Choice | None,
@@ -349,17 +396,12 @@ class _Layout:
             "mode": mode,
             "block": None,
         }
-        inputs, sources = _ports(("decoder", decoder.node, decoder.source))
-        inputs["base"] = base
         cost = 0.5
         if mode != "none":
-            conditions, more_inputs, more_sources = self._conditions(entry, group, features)
-            inputs.update(more_inputs)
-            sources.update(more_sources)
             params |= {
-                "settings": sweep.heal.model_dump(exclude={"modes"}),
+                "settings": self.heal_settings,
                 "seed": seed,
-                "conditions": conditions,
+                "conditions": ports.conditions,
             }
             cost = sweep.heal.steps * 0.25
         what = "all" if sweep.share.heal else group[0].condition.label
@@ -371,8 +413,8 @@ class _Layout:
                 id=f"heal/{who}/{tail}",
                 kind="heal",
                 params=params,
-                inputs=inputs,
-                sources=sources,
+                inputs=ports.inputs,
+                sources=ports.sources,
                 choice=choice,
                 base=_identity(decoder),
                 cost=cost,
@@ -413,9 +455,9 @@ class _Layout:
                 kind="evaluate",
                 params={
                     "decoder": self._decoder_params(decoder),
-                    "condition": condition.model_dump(),
+                    "condition": self.conditions[condition.label],
                     "split": corpus.split,
-                    "settings": self.sweep.evaluate.model_dump(),
+                    "settings": self.decode_settings,
                 },
                 inputs=inputs,
                 sources=sources,
@@ -423,7 +465,7 @@ class _Layout:
                 cell={
                     "model": decoder.entry.name,
                     "encoder": entry.name,
-                    **condition.model_dump(),
+                    **self.conditions[condition.label],
                     "test_set": test.name,
                     "in_domain": test.in_domain,
                     "layers": decoder.layers,

@@ -1,13 +1,14 @@
 """A run folder: the resolved sweep, the plan, the journal of attempts, their logs, and the lock."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class StageRecord:
     dependencies: list[str] = field(default_factory=list)
     cell: dict[str, Any] = field(default_factory=dict)
     """Labels of the tables."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the journal tells a driver of those before it."""
+
+    gpu_seconds: float
+    """That stages of this run have used."""
+    done: Mapping[str, str | None]
+    """Keys of the stages that were done last time they were heard of, by id."""
 
 
 class RunFolder:
@@ -161,12 +172,12 @@ class RunFolder:
     def events(self) -> Iterator[dict[str, Any]]:
         """The journal's events; a line cut short by a crash is passed over."""
         try:
-            lines = (self.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+            file = (self.path / "journal.jsonl").open(encoding="utf-8")
         except OSError:
             return
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+        with file:
+            while lines := list(itertools.islice(file, 1000)):
+                yield from _parsed(lines)
 
     def records(self) -> dict[str, StageRecord]:
         """The state of every stage of the newest plan, as the journal tells it."""
@@ -187,6 +198,10 @@ class RunFolder:
             for record in records.values():
                 if record.state == "running":
                     record.state = "pending"
+        for node in data["nodes"]:
+            record = records[node["id"]]
+            if record.state == "done" and node.get("key") not in (None, record.key):
+                record.state = "pending"  # an earlier plan's stage of that name was done
         return records
 
     def seconds(self) -> float:
@@ -200,9 +215,16 @@ class RunFolder:
             last = event["time"]
         return total + (last - began if began is not None else 0.0)
 
-    def gpu_seconds(self) -> float:
-        """GPU-seconds that stages of this run have used."""
-        return sum(event.get("gpu_seconds", 0.0) for event in self.events())
+    def history(self) -> "History":
+        """What earlier drivers left in the journal."""
+        used, done = 0.0, {}
+        for event in self.events():
+            used += event.get("gpu_seconds", 0.0)
+            if event["event"] == "done":
+                done[event["id"]] = event.get("key")
+            elif event["event"] in ("start", "failed", "blocked"):
+                done.pop(event["id"], None)
+        return History(used, done)
 
     # --- lock --------------------------------------------------------------------------------
 
@@ -328,6 +350,18 @@ class Fence:
         """
         if self._hold.taken:
             raise RunTaken("another driver has taken this run over; this one stops")
+
+
+def _parsed(lines: list[str]) -> list[dict[str, Any]]:
+    """The events of lines of JSON: all in one go where they are whole, which takes half the time."""
+    found: list[dict[str, Any]] = []
+    try:
+        found = json.loads(f"[{','.join(lines)}]")
+    except ValueError:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def _apply(record: StageRecord, event: dict[str, Any]) -> None:

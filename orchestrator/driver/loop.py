@@ -136,7 +136,9 @@ class Driver:
         self._ready = Ready(self._order)
         self._waiting_since: dict[str, float] = {}
         self._looked = time.monotonic()
-        self._gpu_seconds = self.run.gpu_seconds()
+        self._ticked = 0.0
+        self._history = self.run.history()
+        self._gpu_seconds = self._history.gpu_seconds
         self._stopping_since: float | None = None
         self._interrupted = False
 
@@ -222,14 +224,14 @@ class Driver:
         self.run.note("begin", nodes=len(self.plan.nodes))
         try:
             self.assessment = self.assessment or assess(self.plan, self.store)
-            self._progress.begin(self.assessment)
+            self._progress.begin(self.assessment, self._history.done)
             while self._unfinished():
                 for node_id in self._ready.due():
                     self._progress.look_again(node_id)
                 self._launch()
                 self._collect()
                 self._look_around()
-                self.listener.tick(self)
+                self._tick()
         except KeyboardInterrupt:
             self._interrupted = True
             self.reason = self.reason or "interrupted"
@@ -255,6 +257,13 @@ class Driver:
             reason=outcome.reason,
         )
         return outcome
+
+    def _tick(self) -> None:
+        """Let those who watch look at every stage: twice a second, however fast stages end."""
+        now = time.monotonic()
+        if now - self._ticked >= POLL_SECONDS:
+            self._ticked = now
+            self.listener.tick(self)
 
     def _unfinished(self) -> bool:
         busy = bool(self.fleet.busy())

@@ -5,7 +5,7 @@ Knows the graph, the store and the journal. Knows nothing of leases: what is to 
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from orchestrator.driver.retries import UNREACHABLE_SECONDS
@@ -62,15 +62,20 @@ class Progress:
         self._in_flight: dict[str, str] = {}
         self._unreachable_since: dict[str, float] = {}
 
-    def begin(self, assessment: Assessment) -> None:
-        """Take what is there as done, and queue what can start."""
+    def begin(self, assessment: Assessment, told: Mapping[str, str | None]) -> None:
+        """Take what is there as done, and queue what can start.
+
+        Args:
+            assessment: the plan held against the store.
+            told: keys, by stage, that the journal has as done already.
+        """
         finished = [i for i, v in assessment.verdicts.items() if v in ("reuse", "unneeded")]
         for node_id, node in self._plan.nodes.items():
             self.state[node_id] = "waiting"
             self._missing[node_id] = len(node.dependencies())
         with self._run.noting_many():
             for node_id in finished:
-                self._reuse(node_id)
+                self._reuse(node_id, noted=told.get(node_id) == self._plan.key(node_id))
         for node_id in finished:
             for other in self.dependents[node_id]:
                 self._missing[other] -= 1
@@ -154,10 +159,11 @@ class Progress:
             for twin in self._twins.pop(key, []):
                 self.fail(twin, failure, message)
 
-    def _reuse(self, node_id: str) -> None:
+    def _reuse(self, node_id: str, noted: bool = False) -> None:
         self.state[node_id] = "done"
         self.reused += 1
-        self._run.note("done", id=node_id, key=self._plan.key(node_id), reused=True)
+        if not noted:
+            self._run.note("done", id=node_id, key=self._plan.key(node_id), reused=True)
 
     def _release(self, node_id: str) -> None:
         for other in self.dependents[node_id]:

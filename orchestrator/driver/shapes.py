@@ -1,5 +1,6 @@
 """What a stage's lease holds: ranks, CPUs, GPUs or a part of one, from the sweep and the cluster."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,19 +58,20 @@ class Shapes:
 def fits(shapes: list[Shape], capacity: Capacity) -> bool:
     """Whether leases of these shapes can stand on the cluster together (largest first, first fit)."""
     free = [[room.cpus, room.gpus, room.memory] for room in capacity.rooms]
-    bundles = [
-        [shape.cpus, shape.gpus, float(shape.memory)]
+    counted = Counter(
+        (shape.gpus, shape.cpus, float(shape.memory))
         for shape in shapes
         for _ in range(shape.ranks)
-    ]
-    for bundle in sorted(bundles, reverse=True, key=lambda b: (b[1], b[0], b[2])):
-        room = next(
-            (r for r in free if all(h >= w - 1e-9 for h, w in zip(r, bundle, strict=True))), None
-        )
-        if room is None:
+    )
+    for (gpus, cpus, memory), count in sorted(counted.items(), reverse=True):
+        wanted = (cpus, gpus, memory)
+        for room in free:
+            while count and all(h >= w - 1e-9 for h, w in zip(room, wanted, strict=True)):
+                for i, amount in enumerate(wanted):
+                    room[i] -= amount
+                count -= 1
+        if count:
             return False
-        for i, wanted in enumerate(bundle):
-            room[i] -= wanted
     return True
 
 

@@ -112,6 +112,25 @@ def test_a_journal_cut_short_is_still_read(folder):
     assert folder.records()["build/a"].state == "done"
 
 
+def test_a_line_cut_short_costs_no_other_line(folder):
+    for number in range(3):
+        folder.note("done", id="build/a", key=str(number))
+    path = folder.path / "journal.jsonl"
+    first, second, third = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second[:20] + "\n" + third)
+    assert [event["key"] for event in folder.events()] == ["0", "2"]
+
+
+def test_history_is_what_was_done_last_and_what_it_cost(folder):
+    folder.note("done", id="build/a", key="k", gpu_seconds=2.5)
+    folder.note("done", id="encode/b", key="q", gpu_seconds=1.0)
+    folder.note("start", id="encode/b", kind="encode", key="q", attempt=2, log="l")
+    folder.note("stopped", id="encode/b", message="told to end", gpu_seconds=0.5)
+    history = folder.history()
+    assert history.done == {"build/a": "k"}
+    assert history.gpu_seconds == 4.0
+
+
 def test_an_unknown_run_is_refused_with_those_that_exist(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert RunFolder.existing("r").path == folder.path
