@@ -200,7 +200,7 @@ class RunFolder:
                     record.state = "pending"
         for node in data["nodes"]:
             record = records[node["id"]]
-            if record.state == "done" and node.get("key") not in (None, record.key):
+            if record.state == "done" and record.key and node.get("key") not in (None, record.key):
                 record.state = "pending"  # an earlier plan's stage of that name was done
         return records
 

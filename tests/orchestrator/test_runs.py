@@ -82,7 +82,7 @@ def test_a_lock_whose_heart_stopped_on_another_machine_is_taken_over(folder):
 
 def test_records_tell_the_story_of_the_newest_try(folder):
     folder.note("begin")
-    folder.note("done", id="build/a", key="k", reused=True)
+    folder.note("done", id="build/a", reused=True)
     folder.note("start", id="encode/b", kind="encode", key="q", attempt=1, log="l")
     folder.note("failed", id="encode/b", **{"class": "invalid", "message": "no"})
     folder.note("blocked", id="map/c", message="needs encode/b")
@@ -98,7 +98,7 @@ def test_records_tell_the_story_of_the_newest_try(folder):
 
 def test_what_ran_when_the_driver_died_is_pending_again(folder):
     folder.note("begin")
-    folder.note("start", id="build/a", kind="build", key="k", attempt=1, log="l")
+    folder.note("start", id="build/a", kind="build", attempt=1, log="l")
     assert folder.records()["build/a"].state == "pending"
     with folder.lock():
         assert folder.records()["build/a"].state == "running"
@@ -106,7 +106,7 @@ def test_what_ran_when_the_driver_died_is_pending_again(folder):
 
 def test_a_journal_cut_short_is_still_read(folder):
     folder.note("begin")
-    folder.note("done", id="build/a", key="k")
+    folder.note("done", id="build/a")
     with (folder.path / "journal.jsonl").open("a") as file:
         file.write('{"event": "done", "id": "enc')
     assert folder.records()["build/a"].state == "done"
@@ -136,3 +136,8 @@ def test_an_unknown_run_is_refused_with_those_that_exist(folder, monkeypatch, tm
     assert RunFolder.existing("r").path == folder.path
     with pytest.raises(InvalidInput, match="runs here: r"):
         RunFolder.existing("q")
+
+
+def test_a_stage_that_an_earlier_plan_did_under_the_same_name_is_not_done(folder):
+    folder.note("done", id="build/a", key="another")
+    assert folder.records()["build/a"].state == "pending"

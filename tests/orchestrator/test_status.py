@@ -35,7 +35,7 @@ def folder(tmp_path):
 def begin(run, stage, attempt=1, text="", **fields):
     log = run.log(stage, attempt)
     log.write_text(text)
-    run.note("start", id=stage, kind="heal", key="k", attempt=attempt, log=str(log), **fields)
+    run.note("start", id=stage, kind="heal", attempt=attempt, log=str(log), **fields)
 
 
 def fail(run, stage, failure, message, event="failed"):
@@ -50,7 +50,7 @@ def shown(run, width=80):
 
 def test_a_running_run_shows_its_rows_and_what_runs_with_its_last_words(folder):
     with folder.lock():
-        folder.note("done", id=OTHER, key="k", reused=True)
+        folder.note("done", id=OTHER, reused=True)
         begin(folder, HEAL, text="2026-01-01T00:00:00Z step 3 of 30, loss 2.5\n")
         text = shown(folder)
         data = status_data(folder)
@@ -106,7 +106,7 @@ def test_what_ran_short_of_memory_stays_to_be_seen_when_it_is_done(folder):
     begin(folder, HEAL)
     fail(folder, HEAL, "device-oom", "CUDA out of memory", "retry")
     begin(folder, HEAL, 2, relief="micro-batch 4 in place of 8")
-    folder.note("done", id=HEAL, key="k", seconds=3.0)
+    folder.note("done", id=HEAL, seconds=3.0)
     assert f"relief   {HEAL}  micro-batch 4 in place of 8" in shown(folder, 200)
     deviation = {"id": HEAL, "state": "done", "relief": "micro-batch 4 in place of 8"}
     assert status_data(folder)["deviations"] == [deviation]
@@ -148,7 +148,7 @@ def test_a_run_begun_by_an_older_version_shows_its_kinds(folder):
 
 def test_a_finished_run_needs_no_advice(folder):
     for stage in folder.records():
-        folder.note("done", id=stage, key="k", seconds=1.0)
+        folder.note("done", id=stage, seconds=1.0)
     text = shown(folder)
     assert "171 of 171 stages done" in text
     assert "To go on" not in text
