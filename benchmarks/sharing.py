@@ -209,10 +209,11 @@ def naive(sweep: Path, given: Path, folder: Path) -> tuple[float, float, dict[st
         while waiting and len(running) < WORKERS:
             script = waiting.pop(0)
             command = [sys.executable, __file__, "--cell", str(script)]
-            running[subprocess.Popen(command, stdout=subprocess.DEVNULL).pid] = script
+            with script.with_suffix(".log").open("w") as log:
+                running[subprocess.Popen(command, stdout=log, stderr=log).pid] = script
         pid, status, used = os.wait3(0)
-        assert status == 0, running[pid]
-        del running[pid]
+        script = running.pop(pid)
+        assert status == 0, script.with_suffix(".log").read_text()
         cpu += used.ru_utime + used.ru_stime
     seconds = time.perf_counter() - began
     scores = {

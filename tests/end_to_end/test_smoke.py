@@ -67,6 +67,7 @@ def test_the_maps_and_the_consensus_are_whole(smoke):
 
 def test_a_second_run_reuses_everything_in_seconds(smoke):
     before = tables(smoke.run)
+    journal = len((smoke.run / "journal.jsonl").read_text().splitlines())
     started = time.monotonic()
     again = layersweep(smoke.folder, "run", SMOKE, "--json")
     data = json.loads(again.stdout)
@@ -74,6 +75,8 @@ def test_a_second_run_reuses_everything_in_seconds(smoke):
     assert data["done"] == data["reused"]
     assert time.monotonic() - started < 60
     assert tables(smoke.run) == before
+    # The journal knows it all already: it does not grow by every stage with every resume.
+    assert len((smoke.run / "journal.jsonl").read_text().splitlines()) == journal + 2
 
 
 def test_plan_says_that_nothing_is_left(smoke):
