@@ -117,7 +117,7 @@ def join(rank: int, size: int, meeting: tuple[str, int, int] | None, device: str
         return ALONE
     if not dist.is_initialized():
         host, port, listener = meeting
-        if host == "127.0.0.1":
+        if host.startswith("127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host,

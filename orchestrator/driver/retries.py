@@ -16,7 +16,7 @@ BACKOFF_SECONDS = 2.0
 LONGEST_BACKOFF_SECONDS = 60.0
 UNREACHABLE_SECONDS = 3600.0
 """How long a store that cannot be reached is waited for: that is no failure of a stage."""
-PRECEDENCE = ("preempted", "device-oom", "host-oom", "transient", "invalid", "peer")
+PRECEDENCE = ("fenced", "preempted", "device-oom", "host-oom", "transient", "invalid", "peer")
 """When ranks fail together, the first of these tells why: the others failed with it."""
 
 
