@@ -5,6 +5,7 @@ Everything printed goes to the attempt's own log file.
 """
 
 import contextlib
+import io
 import logging
 import os
 import platform
@@ -267,19 +268,34 @@ class _Progress:
             print(f"{_now()} {fraction:4.0%} {message}", flush=True)
 
 
+class _LogFile(io.FileIO):
+    """Takes what there is room for: a full disk costs lines of a log, and no stage."""
+
+    def write(self, data: Any) -> int:
+        """Write, or pass over what cannot be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 @contextlib.contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Send this process's stdout and stderr, C libraries included, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
     handler = None
     try:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        log = io.BufferedWriter(_LogFile(descriptor, "w", closefd=False))
+        stream = io.TextIOWrapper(log, encoding="utf-8")
         handler = logging.StreamHandler(stream)
         logging.getLogger().addHandler(handler)
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
