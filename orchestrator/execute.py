@@ -184,12 +184,12 @@ def write_report(folder: RunFolder) -> Written:
     """Build the report of a run from the store."""
     sweep = folder.sweep()
     base, location = folder.place()
-    store = Store(Path(location))
+    store = Store(Path(location), new=False)
     plan = build_plan(sweep, base, DigestCache(store.root / "digests.json"))
     records = folder.records()
     damaged: list[tuple[str, str]] = []
     results = results_table(plan, store, records, damaged)
-    maps = maps_table(plan, store, damaged)
+    maps = maps_table(plan, store, records, damaged)
     depths = [depth for depth in sweep.depths if depth]
     consensus = consensus_table(maps, depths, sweep.maps.pool, results)
     state = status_data(folder)

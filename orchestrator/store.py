@@ -144,6 +144,18 @@ class Store:
             if digest != expected["sha256"]:
                 raise CorruptArtefact(f"{kind}/{key}/{name} is not what was written", kind, key)
 
+    def traits(self, kind: str, key: str) -> object:
+        """Sizes and times of an artefact's files, to tell later whether any was touched since.
+
+        None where a file is missing.
+        """
+        folder = self.path(kind, key)
+        try:
+            stats = [(name, (folder / name).stat()) for name in (MARKER, *(_marker(folder) or ()))]
+        except OSError:
+            return None
+        return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+
     def discard(self, kind: str, key: str) -> None:
         """Remove an artefact, marker first, so that it is gone at once."""
         folder = self.path(kind, key)

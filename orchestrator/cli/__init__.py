@@ -18,6 +18,7 @@ def main() -> None:
     """Entry point: turns errors a user can mend into one message and an exit status."""
     from cluster.connection import BadAddress, ClusterUnreachable
     from orchestrator.runs import RunHeld, RunTaken
+    from orchestrator.store import StoreUnreachable
     from workers.errors import InvalidInput
 
     try:
@@ -30,6 +31,8 @@ def main() -> None:
         _complain(str(error), 3)
     except KeyboardInterrupt:
         _complain("interrupted", 130)
+    except StoreUnreachable as error:
+        _complain(f"{error.strerror}; once it is back, run the same command again", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
