@@ -199,6 +199,7 @@ def write_report(folder: RunFolder) -> Written:
         sweep=sweep.model_dump(mode="json"),
         stages=state["states"],
         failures=[(f["id"], f["class"], f["message"], f["log"]) for f in state["failed"]],
+        relief=[(r["id"], r["relief"]) for r in state["relief"] if r["state"] == "done"],
         lab=any(
             reference.startswith("lab:")
             for reference in (

@@ -127,6 +127,9 @@ def status_data(folder: RunFolder) -> dict[str, Any]:
         "blocked": [
             {"id": r.id, "message": r.message} for r in records.values() if r.state == "blocked"
         ],
+        "relief": [
+            {"id": r.id, "state": r.state, "relief": r.relief} for r in records.values() if r.relief
+        ],
         "report": str(folder.report / "index.html"),
     }
 

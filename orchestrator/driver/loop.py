@@ -5,7 +5,7 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from cluster.connection import Capacity
@@ -408,7 +408,7 @@ class Driver:
         node = self.plan.nodes[node_id]
         self.fleet.hold_base(held, node.base)
         self._attempts[node_id] += 1
-        attempt, rung = self._attempts[node_id], self._rungs[node_id]
+        attempt, rung = self._attempts[node_id], self._rung_now(node)
         key, log = self.plan.key(node_id), self.run.log(node_id, attempt)
         payload = self._payload(node, rung, log) | {"gpus": held.shape.gpus}
         held.node_id, held.started = node_id, time.monotonic()
@@ -420,6 +420,16 @@ class Driver:
             detail["relief"] = rung.describe(node.kind, node.params)
         self.run.note("start", id=node_id, **detail)
         self.listener.event("start", node_id, detail)
+
+    def _rung_now(self, node: Node) -> Rung:
+        """Where a stage begins: siblings may have learnt better since it was queued.
+
+        Its lease has the ranks it was queued for.
+        """
+        queued = self._rungs[node.id]
+        learnt = self._learnt.get((node.base, node.kind), GROUND)
+        self._rungs[node.id] = replace(higher(queued, learnt), ranks=queued.ranks)
+        return self._rungs[node.id]
 
     def _payload(self, node: Node, rung: Rung, log: str) -> dict[str, Any]:
         minutes = self.sweep.resources.checkpoint_minutes

@@ -76,6 +76,7 @@ def markdown(
         ["failed stage", "class", "message", "log"],
         [list(Failure(*failure)) for failure in summary.failures],
     )
+    lines += _table(["done with less memory", "how"], summary.relief)
     if missing:
         lines += [f"Run what is missing: `{summary.rerun}` (what is done is reused).", ""]
     return "\n".join(lines)

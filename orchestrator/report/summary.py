@@ -48,6 +48,8 @@ class RunSummary:
     """Number of stages by state, such as `{"done": 40, "reused": 3, "failed": 1}`."""
     failures: Sequence[tuple[str, str, str, str]] = ()
     """`Failure`s, or tuples like them."""
+    relief: Sequence[tuple[str, str]] = ()
+    """Stages that were done with less memory than the sweep asks for, and how."""
     lab: bool = False
     """Figures come from the synthetic lab: its known limits are printed."""
     pool: str = "all"
