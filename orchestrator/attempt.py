@@ -23,9 +23,10 @@ PACKAGES = ("torch", "transformers", "peft", "ray", "datasets", "jiwer", "sacreb
 FENCE_SECONDS = 2.0
 """Between looks at whether to stop."""
 
-# What a worker process keeps between attempts: the base model it holds, inputs already verified.
+# What a worker process keeps between attempts: the base model it holds, and inputs it has verified,
+# as they were then.
 _RESIDENT: dict[str, Any] = {}
-_VERIFIED: set[tuple[str, str]] = set()
+_VERIFIED: dict[tuple[str, str], object] = {}
 
 
 def run_attempt(
@@ -61,7 +62,7 @@ def run_attempt(
             print(f"{_now()} {stopped}", flush=True)
             return {"status": "stopped", "message": str(stopped)}
         except BaseException as error:  # noqa: BLE001 - a verdict, whatever it was
-            verdict = classify(error)
+            verdict = {**classify(error), **_fault_of_the_store(payload, error)}
             if verdict["class"] != "invalid" or not isinstance(error, InvalidInput):
                 traceback.print_exc()
             print(f"{_now()} failed ({verdict['class']}): {verdict['message']}", flush=True)
@@ -97,9 +98,31 @@ def classify(error: BaseException) -> dict[str, Any]:
         return {"class": "host-oom", "message": message}
     if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
         return {"class": "invalid", "message": f"{name}: {message}"}
-    if isinstance(error, (OSError, TimeoutError)):
+    if isinstance(error, (OSError, TimeoutError)) or (
+        name == "SafetensorError" and "os error" in message  # its file, not what is in it
+    ):
         return {"class": "transient", "message": f"{name}: {message}"}
     return {"class": "invalid", "message": f"{name}: {message}"}
+
+
+def _fault_of_the_store(payload: dict[str, Any], error: BaseException) -> dict[str, Any]:
+    """What to say differently of a failure, since the store went away or an input was damaged.
+
+    The function of a stage sees no more than a file that is missing, or weights that make no sense.
+    """
+    if not isinstance(error, Exception) or classify(error)["class"] not in ("invalid", "transient"):
+        return {}
+    try:
+        store = open_store(payload["store"], new=False)
+        for kind, key in payload["inputs"].values():
+            _verify(store, kind, key)
+    except (CorruptArtefact, StoreUnreachable) as found:
+        return classify(found)
+    except OSError:
+        return {}
+    if isinstance(error, FileNotFoundError) and store.location in str(error):
+        return {"class": "transient"}  # the store was away, and is back
+    return {}
 
 
 class Fenced(Exception):
@@ -145,9 +168,10 @@ def _run(
     fence.check()
     inputs = {}
     for role, (input_kind, input_key) in payload["inputs"].items():
-        if (input_kind, input_key) not in _VERIFIED:
+        as_it_is = store.traits(input_kind, input_key)
+        if as_it_is is None or _VERIFIED.get((input_kind, input_key)) != as_it_is:
             _verify(store, input_kind, input_key)
-            _VERIFIED.add((input_kind, input_key))
+            _VERIFIED[input_kind, input_key] = as_it_is
         inputs[role] = Input(str(store.path(input_kind, input_key)))
     for role, source in payload["sources"].items():
         inputs[role] = Input(source["path"], source["revision"])
@@ -201,7 +225,7 @@ def _run(
             }
             fence.check()
             store.commit(temporary, kind, key, stage)
-            _VERIFIED.add((kind, key))
+            _VERIFIED[kind, key] = store.traits(kind, key)
             if checkpoints is not None:
                 checkpoints.clear()
     finally:

@@ -5,6 +5,7 @@ copied to the store while the attempt runs.
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from orchestrator.store import is_url
 from workers.errors import InvalidInput
@@ -107,18 +109,34 @@ def _copied(file: Path, url: str) -> Iterator[None]:
         copy()
 
 
+class _LogFile(io.FileIO):
+    """Takes what there is room for: a full disk costs lines of a log, and no stage."""
+
+    def write(self, data: Any) -> int:
+        """Write, or pass over what cannot be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 @contextlib.contextmanager
 def _captured(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
     handler = None
     try:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(_LogFile(descriptor, "w", closefd=False)), encoding="utf-8"
+        )
         handler = logging.StreamHandler(stream)
         logging.getLogger().addHandler(handler)
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):

@@ -207,13 +207,13 @@ def write_report(folder: RunFolder) -> Written:
     """Build the report of a run from the store."""
     sweep = folder.sweep()
     base, location = folder.place()
-    store = open_store(location)
+    store = open_store(location, new=False)
     plan = build_plan(sweep, base, DigestCache(store.folder / "digests.json"))
     records = folder.records()
     damaged: list[tuple[str, str]] = []
     known = fetch_tables(plan, store)
     results = results_table(plan, known, records, damaged)
-    maps = maps_table(plan, known, damaged)
+    maps = maps_table(plan, known, records, damaged)
     depths = [depth for depth in sweep.depths if depth]
     consensus = consensus_table(maps, depths, sweep.maps.pool, results)
     state = status_data(folder)

@@ -96,6 +96,8 @@ def results_table(
             )
         else:
             state, reason = _why_not(node, records)
+            if key and _lost(node, key, records) and ("evaluate", key) not in damaged:
+                damaged.append(("evaluate", key))
             if ("evaluate", key) in damaged:
                 state, reason = "pending", DAMAGED
             rows.extend(
@@ -105,12 +107,19 @@ def results_table(
     return typed(rows, RESULTS_COLUMNS)
 
 
-def maps_table(plan: Plan, store: Artefacts, damaged: list[tuple[str, str]]) -> pd.DataFrame:
+def maps_table(
+    plan: Plan,
+    store: Artefacts,
+    records: dict[str, StageRecord],
+    damaged: list[tuple[str, str]],
+) -> pd.DataFrame:
     """One row per map, criterion, pool and block (columns of the design's `maps.parquet`)."""
     parts = []
     for node in (*plan.by_kind("map"), *plan.by_kind("damage")):
         key = plan.key(node.id)
         if key is None or not store.has(node.kind, key):
+            if key and _lost(node, key, records):
+                damaged.append((node.kind, key))
             continue
         try:
             part = pd.read_parquet(io.BytesIO(store.read(node.kind, key, "map.parquet")))
@@ -161,6 +170,12 @@ def deviations(plan: Plan, known: Artefacts, store: Store) -> list[tuple[str, st
             if relief:
                 found.append((node.id, relief))
     return found
+
+
+def _lost(node: Node, key: str, records: dict[str, StageRecord]) -> bool:
+    """Whether an artefact that isn't there was, by the journal."""
+    record = records.get(node.id)
+    return record is not None and (record.state, record.key) == ("done", key)
 
 
 def _why_not(node: Node, records: dict[str, StageRecord]) -> tuple[str, str]:

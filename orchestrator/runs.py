@@ -153,12 +153,15 @@ class RunFolder:
         self._lines.append(line + "\n")
         if self._gathering:
             return
-        with (
-            contextlib.suppress(OSError),
-            (self.path / "journal.jsonl").open("a", encoding="utf-8") as file,
-        ):
-            file.write("".join(self._lines))
-            self._lines.clear()
+        try:
+            with (self.path / "journal.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(self._lines))
+        except OSError:
+            # A part may have been written: its last line must not run into the next one.
+            if self._lines[0] != "\n":
+                self._lines.insert(0, "\n")
+            return
+        self._lines.clear()
 
     @contextlib.contextmanager
     def noting_many(self) -> Iterator[None]:
@@ -266,8 +269,13 @@ class RunFolder:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             raise RunHeld(f"another driver has just taken run {self.name}") from None
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "token": hold.token}, file)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "token": hold.token}
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(holder, file)
+        except OSError:
+            path.unlink()  # a disk without room: nobody would know who holds it
+            raise
         with hold.beating():
             yield hold
 

@@ -62,7 +62,7 @@ class Checkpoints:
     """The checkpoints of one stage."""
 
     folder: Path
-    """Made when the first is written."""
+    """Made when the first is written; the one it lies in must be there."""
     seconds: float = 300.0
     """From one to the next; 0: after each step."""
     mirror: Mirror | None = None
@@ -89,7 +89,8 @@ class Checkpoints:
 
     def write(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep the state after `step` steps, in place of what was kept before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Not its parents: a store that is away for a while must not be begun anew in its place.
+        self.folder.mkdir(exist_ok=True)
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = save(held, metadata={"record": json.dumps(dict(record))})
         before = self._files()

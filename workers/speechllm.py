@@ -213,7 +213,8 @@ class SpeechLLM(nn.Module):
     def save_trained(self, folder: Path) -> None:
         """Writes what training changed: `adapter/` (as peft does), the projector, the settings."""
         adapter = folder / "adapter"
-        adapter.mkdir(parents=True, exist_ok=True)
+        for made in (folder, adapter):  # what the folder lies in must be there
+            made.mkdir(exist_ok=True)
         state = self.trained_state()
         for part, file in _WEIGHT_FILES.items():
             prefix = f"{part}."

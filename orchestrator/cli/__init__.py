@@ -4,6 +4,7 @@ Exit status: 0 all done, 1 some stage failed, 2 usage or configuration, 3 anothe
 run, 130 interrupted.
 """
 
+import errno
 import sys
 
 from orchestrator.cli import sweeps as sweeps  # isort: skip - the order of the help
@@ -35,6 +36,11 @@ def main() -> None:
         _complain(str(error), 3)
     except KeyboardInterrupt:
         _complain("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror}: make room, and run the same command again", 2)
 
 
 def _complain(message: str, status: int) -> None:

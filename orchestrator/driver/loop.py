@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.connection import Capacity
-from cluster.lease import CallFailed, LeaseLost, answer, wait
+from cluster.lease import CallFailed, LeaseLost, Shape, answer, wait
 from orchestrator.driver.choice import next_start
 from orchestrator.driver.fleet import Fleet, Held
 from orchestrator.driver.order import Order
@@ -302,9 +302,9 @@ class Driver:
         node = self.plan.nodes[node_id]
         self.fleet.hold_base(held, node.base)
         self._tries.attempts[node_id] += 1
-        attempt, relief = self._tries.attempts[node_id], self._tries.relief(node)
+        attempt, relief = self._tries.attempts[node_id], self._tries.relief(node, held.shape)
         key, log = self.plan.key(node_id), self._log(node_id)
-        payload = self._payload(node, log) | {"gpus": held.shape.gpus}
+        payload = self._payload(node, held.shape, log)
         held.node_id, held.started = node_id, time.monotonic()
         held.verdicts, held.failing_since = {}, None
         held.references = held.lease.submit(self.target, payload)
@@ -319,7 +319,7 @@ class Driver:
         file = self.run.log(node_id, self._tries.attempts[node_id])
         return self.store.log(self.run.name, file.name) or str(file)
 
-    def _payload(self, node: Node, log: str) -> dict[str, Any]:
+    def _payload(self, node: Node, shape: Shape, log: str) -> dict[str, Any]:
         minutes = self.sweep.resources.checkpoint_minutes
         return {
             "id": node.id,
@@ -339,7 +339,8 @@ class Driver:
             "provenance": self.provenance,
             "checkpoint_seconds": None if minutes is None else 60 * minutes,
             "relief": self._tries.rung(node).relief(),
-            "relief_text": self._tries.relief(node),
+            "relief_text": self._tries.relief(node, shape),
+            "gpus": shape.gpus,
             "need_bytes": self.needs.get(node.id),
             "fence": self.fence.ticket(),
         }
@@ -412,7 +413,7 @@ class Driver:
             raise RunTaken(verdict["message"])
         again = self._tries.after(node, verdict, held.shape, self.fleet.capacity)
         if again is None:
-            relief = self._tries.relief(node)
+            relief = self._tries.relief(node, held.shape)
             tried = f" (tried down to: {relief})" if relief else ""
             message = f"{verdict['message']}{tried}"
             self._progress.fail(node_id, verdict["class"], message, **self._spent(held))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.connection import Capacity
@@ -56,9 +56,15 @@ class Tries:
         """The lease that the next try asks for."""
         return self._shapes.of(node, self.rung(node), node.id in self._alone, capacity)
 
-    def relief(self, node: Node) -> str:
-        """What the next try does differently to need less memory, for people."""
-        return self.rung(node).describe(node.kind, node.params)
+    def relief(self, node: Node, shape: Shape) -> str:
+        """What a try on a lease of this shape does differently to need less memory, for people.
+
+        Siblings may have learnt of more ranks since the lease was asked for: it has those it has.
+        """
+        rung = self.rung(node)
+        if rung.ranks != shape.ranks:
+            rung = replace(rung, ranks=0)
+        return rung.describe(node.kind, node.params)
 
     def after(
         self, node: Node, verdict: Mapping[str, Any], shape: Shape, capacity: Capacity
@@ -75,7 +81,9 @@ class Tries:
         self._failures[node.id, failure] += 1
         tries = self._failures[node.id, failure]
         if failure == "device-oom":
-            return Again(relief=self.relief(node)) if self._climb(node, shape, capacity) else None
+            if not self._climb(node, shape, capacity):
+                return None
+            return Again(relief=self.rung(node).describe(node.kind, node.params))
         if tries > RETRIES.get(failure, 0):
             return None
         if failure == "host-oom":

@@ -121,6 +121,19 @@ class Store(ABC):
             raise CorruptArtefact(f"{kind}/{key}/{name} is not what was written", kind, key)
         return content
 
+    def traits(self, kind: str, key: str) -> object:
+        """Sizes and times of an artefact's files here, to tell later whether any was touched since.
+
+        None where a file is missing.
+        """
+        try:
+            folder = self.path(kind, key)
+            files = (parsed_marker((folder / MARKER).read_bytes()) or {}).get("files", {})
+            stats = [(name, (folder / name).stat()) for name in (MARKER, *files)]
+        except OSError:
+            return None
+        return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+
     @abstractmethod
     def reach(self) -> None:
         """See that the store is there.

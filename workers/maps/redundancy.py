@@ -174,11 +174,11 @@ class RedundancyMap:
         """Writes `<stem>.parquet` (the table), `<stem>.safetensors` and `<stem>.json`.
 
         Args:
-            folder: made if it isn't there.
+            folder: made if it isn't there; what it lies in must be.
             stem: name of the files.
             about: plain data for people, kept in the JSON file.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         self.table().to_parquet(folder / f"{stem}.parquet", index=False)
         arrays = {str(measure): values.rows for measure, values in self.measures.items()}
         if self.unpruned_loss is not None:
