@@ -78,7 +78,7 @@ class LocalStore(Store):
             os.stat(f"{self.location}/{IDENTITY}")  # noqa: PTH116 - asked for each artefact not there
         except OSError as error:
             raise StoreUnreachable(
-                error.errno, f"the store {self.location} cannot be reached: {error.strerror}"
+                f"the store {self.location} cannot be reached: {error.strerror}"
             ) from None
 
     def stage(self, kind: str, key: str) -> dict[str, Any]:
