@@ -256,6 +256,7 @@ class SpeechLLM(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes the whole model; `decoder/` and `encoder/` are plain Hugging Face models."""
+        folder.mkdir(parents=True, exist_ok=True)
         self.save_trained(folder)
         with self._without_adapter_layers() as plain:
             plain.save_pretrained(folder / "decoder")

@@ -158,6 +158,7 @@ def map_(
         "dtype": str(opened.decoder.dtype).removeprefix("torch."),
         "skipped": list(result.skipped),
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     result.whole.save(out.parent, out.stem, about)
     files = [out]
     judged = None
