@@ -7,7 +7,13 @@ import time
 from pathlib import Path
 
 from orchestrator.store import open_store
-from workers.ranks import join
+
+
+def joined(rank, ranks, meeting):
+    # Seconds of imports that most of the stages here can do without.
+    from workers.ranks import join
+
+    return join(rank, ranks, meeting, "cpu")
 
 
 def run(payload, rank, ranks, meeting):
@@ -21,13 +27,13 @@ def run(payload, rank, ranks, meeting):
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "rank 1 killed":
-        group = join(rank, ranks, meeting, "cpu")
+        group = joined(rank, ranks, meeting)
         group.add_up([], [1.0])
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
     if what == "sum":
-        sums = join(rank, ranks, meeting, "cpu").add_up([], [rank + 1.0])
+        sums = joined(rank, ranks, meeting).add_up([], [rank + 1.0])
         what, params = "done", {**params, "sum": sums[0]}
     if what == "hang":
         time.sleep(600)
