@@ -38,7 +38,7 @@ def main(
     try:
         report = train(
             model, tiny_examples(), SETTINGS, seed=3, trainable={"decoder", "projector"},
-            checkpoints=Checkpoints(out / "kept", 1e6, asked), ranks=ranks,
+            checkpoints=Checkpoints(out / "kept", 1e6, asked_to_stop=asked), ranks=ranks,
         )  # fmt: skip
     except Exception as error:
         (out / f"ended.{rank}").write_text(type(error).__name__)
