@@ -89,7 +89,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.reuse import assess
     from orchestrator.runs import Fence, RunFolder
     from orchestrator.sources import DigestCache
-    from orchestrator.store import Store
+    from orchestrator.store import open_store
     from orchestrator.sweep import load_sweep
     from orchestrator.watch import PlainWatch
 
@@ -97,11 +97,11 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     os.chdir(options.folder)
     file = Path(f"{options.stages}.yaml")
     file.write_text(yaml.safe_dump(sweep_of(options.stages)))
-    store = Store(Path("store"))
+    store = open_store("store")
     with spent(found, "read"):
         sweep = load_sweep(file, ())
     with spent(found, "plan"):
-        plan = build_plan(sweep, Path.cwd(), DigestCache(store.root / "digests.json"))
+        plan = build_plan(sweep, Path.cwd(), DigestCache(store.folder / "digests.json"))
     with spent(found, "assess"):
         assessment = assess(plan, store)
     found["stages"] = len(plan.nodes)
@@ -116,7 +116,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             with spent(found, "drive"), Path(os.devnull).open("w") as sink:
                 driver = Driver(
                     plan, store, folder, sweep, look, fence,
-                    PlainWatch(Console(file=sink), len(plan.nodes)), {},
+                    PlainWatch(Console(file=sink), plan), {},
                     assessment=assessment, target=f"noop:{options.target}",
                 )  # fmt: skip
                 outcome = driver.execute()
@@ -198,9 +198,9 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 
 def payloads_of(folder: Path, count: int) -> list[dict[str, Any]]:
     """Work for the others: the same artefacts, in a store of their own."""
-    from orchestrator.store import Store
+    from orchestrator.store import open_store
 
-    store = Store(folder / "store")
+    store = open_store(folder / "store")
     store.write_note("bench", {"number": 1})
     return [
         {

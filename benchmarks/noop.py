@@ -1,9 +1,8 @@
 """Stages that do nothing, for `benchmarks/driver.py`: what is left is the driver and the store."""
 
-from pathlib import Path
 from typing import Any
 
-from orchestrator.store import Store
+from orchestrator.store import Store, open_store
 
 LAYERS = 12
 
@@ -13,7 +12,7 @@ def commit(
 ) -> dict[str, Any]:
     """Commit a tiny artefact, as a real attempt does: fence, folder, one file, digests, marker."""
     del rank, ranks, meeting
-    store, fence = Store(Path(payload["store"]), new=False), payload["fence"]
+    store, fence = open_store(payload["store"], new=False), payload["fence"]
     note = store.read_note(fence["name"]) or {}
     if note.get("number") != fence["number"]:
         return {"status": "failed", "class": "fenced", "message": "another driver has the run"}

@@ -186,10 +186,10 @@ def scores_of(sweep: Path, store: Path) -> dict[str, Any]:
     from orchestrator.plan import build_plan
     from orchestrator.reuse import assess
     from orchestrator.sources import DigestCache
-    from orchestrator.store import Store
+    from orchestrator.store import open_store
     from orchestrator.sweep import load_sweep
 
-    opened = Store(store)
+    opened = open_store(store)
     plan = build_plan(load_sweep(sweep, ()), sweep.parent, DigestCache(store / "digests.json"))
     assess(plan, opened)
     return {
