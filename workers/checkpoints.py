@@ -90,7 +90,7 @@ class Checkpoints:
     def write(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep the state after `step` steps, in place of what was kept before."""
         # Not its parents: a store that is away for a while must not be begun anew in its place.
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=self.mirror is not None, exist_ok=True)
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = save(held, metadata={"record": json.dumps(dict(record))})
         before = self._files()

@@ -113,7 +113,7 @@ def test_a_lost_connection_is_not_a_failed_job(laptop):
 
 
 def test_what_the_run_prints_comes_once_and_whole(laptop):
-    events = re.findall(r"^\[ *(\d+)/17\] done ", laptop.first.stdout, re.M)
+    events = re.findall(r"^[\d:]+ \[ *(\d+)/17\] done ", laptop.first.stdout, re.M)
     assert events == [str(number) for number in range(1, 18)]
     assert laptop.first.stdout.rstrip().endswith("report/index.html")
     assert "entrypoint" not in laptop.first.stdout

@@ -46,7 +46,7 @@ def test_a_node_that_joins_late_gets_work(drill, nodes, undisturbed):
     drill.holds(undisturbed)
     used = {t["node"] for depth in (0, 1, 2) for t in drill.tries(heal(depth))}
     assert len(used) == 2
-    assert [(e["before"], e["slots"]) for e in drill.events("capacity")] == [(1, 2)]
+    assert [(e["before"], e["after"]) for e in drill.events("capacity")] == [(1, 2)]
 
 
 def test_a_stage_whose_node_is_gone_waits_for_another(drill, nodes, undisturbed):
